@@ -1,0 +1,1 @@
+"""Whole pipelines, one YAML each; `configs/deepspeed/` holds engine settings."""

@@ -1,0 +1,1 @@
+"""One verb a file: each has `Config`, `INPUTS` and `main(config, stage)`."""

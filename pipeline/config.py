@@ -1,0 +1,126 @@
+"""Settings: defaults < YAML < ``--set`` overrides, strict, one flow.
+
+Every settings class of the project derives from :class:`Settings` and stands beside
+what it configures. A field made with :func:`runtime` does not change a result
+(logging, resources, worker counts): it never enters a stage's fingerprint.
+"""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class RequestError(Exception):
+    """The request is wrong: one or two lines for stderr, exit code 2, no traceback."""
+
+
+class Settings(BaseModel):
+    """Strict and immutable: an unknown key or a wrong type is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Resources(Settings):
+    """What a stage may use. Never part of a fingerprint.
+
+    Fields without a meaning on one machine (partition, account, ...) are read by `submit`.
+    """
+
+    processes: int = Field(1, ge=1, description="ranks started for this stage (a node, on Slurm)")
+    nodes: int = Field(1, ge=1)
+    gpus: int = Field(0, ge=0, description="GPUs a node; one rank a GPU")
+    gpu_type: str | None = None
+    cpus: int | None = Field(None, ge=1, description="CPU cores a rank")
+    memory: str | None = Field(None, description="a node, as Slurm writes it: 64G")
+    time: str | None = Field(None, description="time limit, as Slurm writes it: 1-00:00:00")
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    array: int | None = Field(None, ge=1, description="array tasks (pretokenize, sample)")
+    array_limit: int | None = Field(None, ge=1, description="array tasks running at once")
+
+
+def runtime(default: Any, **kwargs: Any) -> Any:
+    """A field that does not change the result and so stays out of the fingerprint."""
+    return Field(default, json_schema_extra={"runtime": True}, **kwargs)
+
+
+def result_settings(settings: BaseModel) -> dict[str, Any]:
+    """The settings that change the result, as plain JSON values (runtime fields left out)."""
+    kept: dict[str, Any] = {}
+    for name, field in type(settings).model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and extra.get("runtime"):
+            continue
+        kept[name] = _plain(getattr(settings, name))
+    return kept
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return result_settings(value)
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, str | int | float | bool) or value is None:
+        return value
+    return str(value)
+
+
+def digest(value: Any) -> str:
+    """sha256 of a JSON value in canonical form."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def nearest(word: str, known: Iterator[str] | list[str]) -> str:
+    """``; did you mean 'x'?`` where something known is near, the known words otherwise."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return f"; known: {', '.join(sorted(known))}" if known else ""
+
+
+def explain(error: pydantic.ValidationError, model: type[BaseModel]) -> list[tuple[tuple, str]]:
+    """Each fault of a validation as (location, one line that names key, fault and remedy)."""
+    faults = []
+    for fault in error.errors(include_url=False):
+        location = tuple(fault["loc"])
+        dotted = ".".join(str(part) for part in location)
+        if fault["type"] == "extra_forbidden":
+            known = _fields_at(model, location[:-1])
+            faults.append((location, f"unknown key '{dotted}'{nearest(str(location[-1]), known)}"))
+        elif fault["type"] == "missing":
+            faults.append((location, f"'{dotted}' is missing"))
+        else:
+            given = fault.get("input")
+            shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
+            message = fault["msg"].removeprefix("Value error, ")
+            faults.append((location, f"'{dotted}': {message}{shown}" if dotted else message))
+    return faults
+
+
+def _fields_at(model: type[BaseModel], path: tuple) -> list[str]:
+    """Names of the fields of the settings class that lies at `path` inside `model`."""
+    candidates: list[type[BaseModel]] = [model]
+    for part in path:
+        deeper: list[type[BaseModel]] = []
+        for candidate in candidates:
+            if part in candidate.model_fields:
+                deeper += list(_models_in(candidate.model_fields[part].annotation))
+        candidates = deeper or candidates
+    return [name for candidate in candidates for name in candidate.model_fields]
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in getattr(annotation, "__args__", ()):
+        yield from _models_in(argument)

@@ -1,0 +1,102 @@
+"""Raw data <-> tokens: what every tokenizer is, and how one is read back from its folder.
+
+A tokenizer's folder holds `card.json` (kind, modality, vocabulary, fingerprint, and what
+the kind adds: grid, downsampling, codebook health, ...) and its weights: `weights.safetensors`
+or `sentencepiece.model`. The fingerprint is a hash of what decides encode and decode
+(settings and weights), so an altered file is refused when it is loaded.
+"""
+
+import importlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# kind -> module whose `Tokenizer` subclass is named by LOADERS[kind][1]
+LOADERS: dict[str, tuple[str, str]] = {
+    "vqvae": ("chainrule.tokenizers.vqvae", "VQVAETokenizer"),
+    "vqgan": ("chainrule.tokenizers.vqgan", "VQGANTokenizer"),
+    "palette": ("chainrule.tokenizers.palette", "PaletteTokenizer"),
+    "sentencepiece": ("chainrule.tokenizers.text", "SentencePieceTokenizer"),
+    "bytes": ("chainrule.tokenizers.bytes", "ByteTokenizer"),
+    "characters": ("chainrule.tokenizers.characters", "CharacterTokenizer"),
+    "mulaw": ("chainrule.tokenizers.mulaw", "MuLawTokenizer"),
+    "pixels": ("chainrule.tokenizers.pixels", "PixelTokenizer"),
+}
+
+
+class TokenizerError(ValueError):
+    """A tokenizer folder, or data handed to a tokenizer, that cannot be used."""
+
+
+class Tokenizer(ABC):
+    """Encodes batches of raw samples to integer arrays, and back.
+
+    Raw samples, by modality:
+    - image: uint8 arrays (H, W, C), C = 1 or 3
+    - text: str
+    - audio: int16 arrays (T,), mono, at `card()["sample_rate"]`
+    Token arrays: (h, w) for images, (t,) for text and audio, of the vocabulary's dtype.
+    """
+
+    kind: str
+    modality: str  # "image" | "text" | "audio"
+
+    @property
+    @abstractmethod
+    def vocabulary(self) -> dict[str, Any]:
+        """Size, ranges and specials, in the plain form of `pipeline.data.vocabulary`."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """sha256 over everything that decides encode and decode."""
+
+    @abstractmethod
+    def encode(self, batch: Sequence[Any]) -> list[np.ndarray]:
+        """One token array for each raw sample."""
+
+    @abstractmethod
+    def decode(self, batch: Sequence[np.ndarray]) -> list[Any]:
+        """One raw sample for each token array. TokenizerError on an id out of range."""
+
+    @abstractmethod
+    def card(self) -> dict[str, Any]:
+        """What `card.json` holds."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write `card.json` and weights into `folder`."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, folder: Path, device: str = "cpu") -> "Tokenizer":
+        """Read a folder that `save` wrote. TokenizerError if it was altered."""
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    try:
+        card = json.loads((folder / "card.json").read_text())
+    except FileNotFoundError:
+        raise TokenizerError(f"{folder}: not a tokenizer folder (no card.json)") from None
+    except json.JSONDecodeError as error:
+        raise TokenizerError(f"{folder / 'card.json'}: not JSON ({error})") from None
+    if not isinstance(card, dict) or "kind" not in card:
+        raise TokenizerError(f"{folder / 'card.json'}: no 'kind'")
+    return card
+
+
+def load(folder: str | Path, device: str = "cpu") -> Tokenizer:
+    """The tokenizer in `folder`, whatever its kind; refused if it was altered."""
+    folder = Path(folder)
+    kind = read_card(folder)["kind"]
+    if kind not in LOADERS:
+        raise TokenizerError(
+            f"{folder / 'card.json'}: unknown kind {kind!r}; known: {', '.join(sorted(LOADERS))}"
+        )
+    module, name = LOADERS[kind]
+    tokenizer_class: type[Tokenizer] = getattr(importlib.import_module(module), name)
+    return tokenizer_class.load(folder, device)
