@@ -29,6 +29,8 @@ from chainrule.pipeline.config import RequestError
 
 FORMAT = 1
 MANIFEST = "artifact.json"
+ATTEMPT = "attempt.json"
+"""In an unfinished folder: what is being made there, and by which attempt."""
 
 
 class ArtifactError(RequestError):
@@ -82,7 +84,8 @@ class Artifact:
         manifest = read_json(folder / MANIFEST)
         if manifest.get("format") != FORMAT:
             raise ArtifactError(
-                f"{folder / MANIFEST}: format {manifest.get('format')!r}, this version reads {FORMAT}"
+                f"{folder / MANIFEST}: format {manifest.get('format')!r}, "
+                f"this version reads {FORMAT}"
             )
         for entry in manifest["files"]:
             path = folder / entry["path"]
@@ -167,7 +170,7 @@ def publish(folder: Path, manifest: dict[str, Any]) -> Artifact:
     partial = partial_folder(folder)
     files = []
     for path in sorted(partial.rglob("*")):
-        if path.is_file() and path.name not in (MANIFEST, "stage.json"):
+        if path.is_file() and path.relative_to(partial).as_posix() not in (MANIFEST, ATTEMPT):
             size = path.stat().st_size
             files.append(
                 {
@@ -176,7 +179,7 @@ def publish(folder: Path, manifest: dict[str, Any]) -> Artifact:
                     "sha256": sha256_file(path),
                 }
             )
-    (partial / "stage.json").unlink(missing_ok=True)
+    (partial / ATTEMPT).unlink(missing_ok=True)
     write_json(partial / MANIFEST, {"format": FORMAT, **manifest, "files": files})
     recover(folder)
     return Artifact.open(folder)

@@ -1,0 +1,222 @@
+"""The command line. Exit codes: 0 done, 1 a stage failed, 2 the request was wrong, 75 run again.
+
+Commands import what they need when they are called: `chainrule status` reads artifacts
+and must not wait for torch or MLflow.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+
+from chainrule.pipeline import launch
+from chainrule.pipeline.config import RequestError
+from chainrule.pipeline.stage import StageFailed, StageInterrupted
+
+app = typer.Typer(
+    name="chainrule",
+    help="Pretrain autoregressive models of image, text and audio tokens, stage by stage.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+ConfigArgument = Annotated[
+    Path, typer.Argument(help="A pipeline file (.yaml), or the name of one that is shipped.")
+]
+RunsOption = Annotated[
+    Path | None, typer.Option("--runs", help="Where artifacts lie (default: runs).")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="A.B=V", help="Override a setting: STAGE.KEY.SUBKEY=VALUE."),
+]
+ModelArgument = Annotated[Path, typer.Argument(help="A handed-off model folder.")]
+
+
+@app.command()
+def run(
+    config: ConfigArgument,
+    only: Annotated[list[str] | None, typer.Option(help="Just this stage.")] = None,
+    start: Annotated[
+        list[str] | None, typer.Option("--from", help="This stage and those that hang on it.")
+    ] = None,
+    until: Annotated[
+        list[str] | None, typer.Option(help="This stage and those that it hangs on.")
+    ] = None,
+    force: Annotated[
+        list[str] | None, typer.Option(help="Do this stage again though it is fresh.")
+    ] = None,
+    overrides: SetOption = None,
+    runs: RunsOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would run and print the merged config.")
+    ] = False,
+) -> None:
+    """Run what is not fresh, and say why."""
+    from chainrule.pipeline.graph import load_pipeline
+
+    pipeline = load_pipeline(config, overrides, runs)
+    selection = launch.Selection(
+        tuple(only or ()), tuple(start or ()), tuple(until or ()), tuple(force or ())
+    )
+    if dry_run:
+        for plan in launch.decide(pipeline, selection):
+            what = "run " if plan.runs else "keep"
+            launch.say(f"{what} {plan.name}  {plan.state}: {plan.reason}")
+        _print_yaml(pipeline)
+        return
+    raise typer.Exit(launch.run_pipeline(pipeline, selection, _write_report))
+
+
+def _write_report(pipeline: Any) -> None:
+    from chainrule.pipeline.report import write_report
+
+    launch.say(f"report: {write_report(pipeline.root)}")
+
+
+def _print_yaml(pipeline: Any) -> None:
+    import yaml
+
+    stages = {name: spec.merged() for name, spec in pipeline.stages.items()}
+    merged = {"name": pipeline.name, "runs": str(pipeline.runs), "stages": stages}
+    sys.stdout.write(yaml.safe_dump(merged, sort_keys=False, allow_unicode=True))
+
+
+@app.command()
+def stage(
+    config: ConfigArgument,
+    name: Annotated[str, typer.Argument(help="The stage.")],
+    overrides: SetOption = None,
+    runs: RunsOption = None,
+) -> None:
+    """Run one stage as one rank (RANK and WORLD_SIZE, or srun's variables); used by scripts."""
+    from chainrule.pipeline.graph import load_pipeline
+
+    launch.die_with_parent()
+    pipeline = load_pipeline(config, overrides, runs)
+    launch.Selection(only=(name,)).stages(pipeline)
+    launch.run_here(pipeline, name, launch.Rank.from_environment())
+
+
+@app.command()
+def status(
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    runs: RunsOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for scripts.")] = False,
+) -> None:
+    """The state of each stage and why."""
+    from chainrule.pipeline.graph import load_pipeline
+    from chainrule.pipeline.status import stage_rows, table
+
+    pipeline = load_pipeline(config, overrides, runs)
+    rows = stage_rows(pipeline)
+    if as_json:
+        stages = {row["stage"]: row for row in rows}
+        typer.echo(json.dumps({"pipeline": pipeline.name, "stages": stages}, indent=1))
+    else:
+        typer.echo(table(rows))
+
+
+@app.command()
+def report(
+    config: ConfigArgument,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The page to write.")] = None,
+    overrides: SetOption = None,
+    runs: RunsOption = None,
+) -> None:
+    """Write one self-contained report.html of a pipeline's runs."""
+    from chainrule.pipeline.graph import load_pipeline
+    from chainrule.pipeline.report import write_report
+
+    pipeline = load_pipeline(config, overrides, runs)
+    if not pipeline.root.is_dir():
+        raise RequestError(f"{pipeline.root}: nothing was run yet; chainrule run {config}")
+    typer.echo(write_report(pipeline.root, out))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of pipeline files, for editors that complete YAML."""
+    from chainrule.pipeline.graph import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=1))
+
+
+@app.command()
+def ui(
+    runs: Annotated[Path, typer.Option("--runs", help="Where artifacts lie.")] = Path("runs"),
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
+) -> None:
+    """Open MLflow's pages on the tracking store of a runs folder."""
+    from chainrule.pipeline.tracking import tracking_uri
+
+    uri = tracking_uri(runs)
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+        raise RequestError(f"{runs}: no mlflow.db there; run a pipeline first or give --runs")
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
+    command += ["--port", str(port), "--workers", "1"]
+    os.execv(sys.executable, command)
+
+
+def main() -> None:
+    """Entry point: errors of the user's making become one or two lines and an exit code."""
+    code = _main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Nothing is left to do, and engines may abort the interpreter while it is torn down.
+    os._exit(code)
+
+
+def _main() -> int:
+    def on_terminate(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, on_terminate)
+    try:
+        result = app(standalone_mode=False)
+        return int(result) if isinstance(result, int) else launch.DONE
+    except (click.exceptions.NoArgsIsHelpError, click.UsageError) as error:
+        return _usage(error)
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        launch.say("interrupted; the same command goes on from where it stopped")
+        return launch.INTERRUPTED
+    except RequestError as error:
+        launch.say(f"error: {error}")
+        return launch.WRONG_REQUEST
+    except StageInterrupted as error:
+        launch.say(f"{error}; the same command goes on from there")
+        return launch.REQUEUE
+    except StageFailed as error:
+        launch.say(f"error: {error}")
+        return launch.FAILED
+    except BrokenPipeError:
+        return launch.DONE
+    except Exception as error:  # noqa: BLE001 (the last handler: the traceback is printed)
+        import traceback
+
+        traceback.print_exc()
+        launch.say(f"error: {type(error).__name__}: {error}")
+        return launch.FAILED
+
+
+def _usage(error: click.UsageError) -> int:
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        typer.echo(error.format_message())
+        return launch.WRONG_REQUEST
+    hint = f" ({error.ctx.command_path} --help)" if error.ctx is not None else ""
+    launch.say(f"error: {error.format_message()}{hint}")
+    return launch.WRONG_REQUEST
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""MLflow tracking that training never waits for.
+
+Everything is put on a queue; one thread talks to the store, in batches. A store that is
+slow, goes away or refuses is reported once, tried again now and then, and never stops or
+slows a stage: `metrics.jsonl` in the artifact is the complete record.
+
+One experiment a pipeline; one parent run a pipeline run, one nested run a stage. A stage
+that is resumed goes on in its run, and steps that the store already has are not sent
+again. The store is `runs/mlflow.db` (SQLite) unless MLFLOW_TRACKING_URI says otherwise.
+"""
+
+import logging
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+FLUSH_EVERY_S = 2.0
+RETRY_EVERY_S = 30.0
+FINISH_WITHIN_S = 20.0
+BATCH = 1000  # the most metrics that MLflow takes in one log_batch
+BACKLOG = 200_000
+"""Metrics kept while the store is away; older ones are dropped (metrics.jsonl has them)."""
+
+
+def tracking_uri(runs: Path) -> str:
+    """Where runs are kept: MLFLOW_TRACKING_URI, or one SQLite file under the runs folder."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(runs / 'mlflow.db').absolute()}"
+
+
+def client(runs: Path) -> Any:
+    """An MlflowClient with short time-outs and no chatter. Imports MLflow (about 1 s)."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    for name in ("alembic", "mlflow"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    import mlflow
+
+    uri = tracking_uri(runs)
+    if uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    return mlflow.MlflowClient(tracking_uri=uri)
+
+
+def experiment(store: Any, name: str, runs: Path) -> str:
+    """Id of the pipeline's experiment, made on first use."""
+    found = store.get_experiment_by_name(name)
+    if found is not None:
+        if found.lifecycle_stage == "deleted":
+            store.restore_experiment(found.experiment_id)
+        return found.experiment_id
+    location = None
+    if "MLFLOW_TRACKING_URI" not in os.environ:
+        location = (runs / "mlflow-artifacts" / name).absolute().as_uri()
+    return store.create_experiment(name, artifact_location=location)
+
+
+class Tracker:
+    """One MLflow run, written from a thread of its own."""
+
+    def __init__(
+        self,
+        runs: Path,
+        pipeline: str,
+        name: str,
+        run_id: str | None = None,
+        parent_id: str | None = None,
+        tags: Mapping[str, str] | None = None,
+        on_run_id: Callable[[str], None] | None = None,
+    ) -> None:
+        """`run_id` resumes a run; `on_run_id` is called with the id once the store gave one."""
+        self.run_id = run_id
+        self._runs, self._pipeline, self._name = runs, pipeline, name
+        self._parent_id, self._tags = parent_id, dict(tags or {})
+        self._on_run_id = on_run_id
+        self._queue: queue.Queue[tuple[str, Any]] = queue.Queue()
+        self._metrics: list[tuple[str, float, int, int]] = []
+        self._others: list[tuple[str, Any]] = []
+        self._last_step: dict[str, int] = {}
+        self._store: Any = None
+        self._warned = False
+        self._status: str | None = None
+        self._ended = False
+        self._deadline = float("inf")
+        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+        self._thread.start()
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        stamp = int(time.time() * 1000)
+        self._queue.put(("metrics", [(key, value, stamp, step) for key, value in values.items()]))
+
+    def parameters(self, values: Mapping[str, Any]) -> None:
+        self._queue.put(("parameters", dict(values)))
+
+    def tags(self, values: Mapping[str, str]) -> None:
+        self._queue.put(("tags", dict(values)))
+
+    def file(self, path: Path) -> None:
+        """Put a file among the run's artifacts; it is read before `finish` returns."""
+        self._queue.put(("file", path))
+
+    def finish(self, status: str) -> None:
+        """Send what is left and end the run: FINISHED, FAILED or KILLED (to be resumed)."""
+        self._deadline = time.monotonic() + FINISH_WITHIN_S
+        self._queue.put(("end", status))
+        self._thread.join(FINISH_WITHIN_S + 2)
+        if self._thread.is_alive() or self._metrics or self._others:
+            self._warn("it did not answer in time; metrics.jsonl has everything")
+
+    # --- the thread -------------------------------------------------------------------
+
+    def _work(self) -> None:
+        next_try = 0.0
+        while True:
+            ending = self._collect()
+            if ending or time.monotonic() >= next_try:
+                try:
+                    self._send()
+                    next_try = 0.0
+                except Exception as error:  # noqa: BLE001 (a store must never stop a stage)
+                    self._warn(f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
+                    next_try = time.monotonic() + RETRY_EVERY_S
+            if ending and (not self._pending() or time.monotonic() > self._deadline):
+                return
+            if ending:
+                time.sleep(1.0)
+
+    def _pending(self) -> bool:
+        return bool(self._metrics or self._others or self._status)
+
+    def _collect(self) -> bool:
+        """Move what was queued in the next moments to the buffers; True once it is the end."""
+        until = time.monotonic() + FLUSH_EVERY_S
+        while not self._ended:
+            try:
+                kind, value = self._queue.get(timeout=max(until - time.monotonic(), 0.01))
+            except queue.Empty:
+                return False
+            if kind == "metrics":
+                self._metrics.extend(value)
+                del self._metrics[:-BACKLOG]
+            elif kind == "end":
+                self._status, self._ended = value, True
+            else:
+                self._others.append((kind, value))
+            if time.monotonic() > until:
+                break
+        return self._ended
+
+    def _send(self) -> None:
+        from mlflow.entities import Metric, Param, RunTag
+
+        if self._store is None:
+            self._open()
+        while self._others:
+            kind, value = self._others[0]
+            if kind == "parameters":
+                params = [Param(key, str(item)[:6000]) for key, item in value.items()]
+                for i in range(0, len(params), 100):
+                    self._store.log_batch(self.run_id, params=params[i : i + 100])
+            elif kind == "tags":
+                tags = [RunTag(key, item) for key, item in value.items()]
+                self._store.log_batch(self.run_id, tags=tags)
+            elif Path(value).exists():
+                self._store.log_artifact(self.run_id, str(value))
+            self._others.pop(0)
+        while self._metrics:
+            batch = self._metrics[:BATCH]
+            fresh = [m for m in batch if m[3] > self._last_step.get(m[0], -1)]
+            if fresh:
+                self._store.log_batch(self.run_id, metrics=[Metric(*m) for m in fresh])
+                for key, _, _, step in fresh:
+                    self._last_step[key] = max(step, self._last_step.get(key, -1))
+            del self._metrics[: len(batch)]
+        if self._status is not None:
+            self._store.set_terminated(self.run_id, status=self._status)
+            self._status = None
+
+    def _open(self) -> None:
+        """Find or make the run. What the store already has of a resumed run is not sent again."""
+        from mlflow.exceptions import MlflowException
+
+        store = client(self._runs)
+        if self.run_id is not None:
+            try:
+                data = store.get_run(self.run_id).data
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                self.run_id = None  # another store than last time: begin a new run there
+            else:
+                for key in data.metrics:
+                    history = store.get_metric_history(self.run_id, key)
+                    self._last_step[key] = max(metric.step for metric in history)
+                store.update_run(self.run_id, status="RUNNING")
+        if self.run_id is None:
+            tags = {"mlflow.runName": self._name, **self._tags}
+            if self._parent_id is not None:
+                tags["mlflow.parentRunId"] = self._parent_id
+            experiment_id = experiment(store, self._pipeline, self._runs)
+            self.run_id = store.create_run(experiment_id, tags=tags).info.run_id
+        self._store = store
+        if self._on_run_id is not None:
+            self._on_run_id(self.run_id)
+
+    def _warn(self, message: str) -> None:
+        if not self._warned:
+            self._warned = True
+            uri = tracking_uri(self._runs)
+            sys.stderr.write(f"  MLflow at {uri}: {message}. The stage goes on without it.\n")
