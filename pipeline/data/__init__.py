@@ -1,0 +1,66 @@
+"""From raw files to the batch of step s, exactly, on any number of ranks.
+
+    raw files -- sources.py, images.py, text.py, audio.py --> samples of bytes
+    samples   -- shards.py ShardWriter -------------------->  shard-000000.tar + .offsets.npy
+    shards    -- reader.py Shards ------------------------->  samples again, checked
+    tokens    -- tokens.py TokenSet ----------------------->  sample i of a split, one read
+    rows      -- rows.py FixedRows, PackedRows ------------>  rows of T tokens, an epoch's worth
+    order     -- order.py Permutation, Interleave --------->  which row stands at position p
+    batches   -- batches.py Mixture, Loader --------------->  the batch of step s, rank r's slice
+    ledger    -- ledger.py Ledger, verify ----------------->  proof of what was consumed
+
+State to resume: two integers, the step and the position (rows consumed before it).
+
+Names that the other rooms use (import them from here or from their modules; the package
+itself imports nothing, so that the command line stays quick):
+
+shards.py
+    ShardWriter(folder, number, split)           context manager; one shard, complete or absent
+        .write(key, {"png": bytes, "json": dict, "tokens.npy": array, ...}, tokens=None, bytes=None)
+        .skip(what, where, reason)               one line of skipped.jsonl
+    finished(folder, number) -> dict | None      the entry of a shard that is already whole
+    finish(folder, kind=, modality=, **header) -> dict     index.json and skipped.jsonl from the
+                                                 entries of all shards; drops the entry files
+    key_of(number) -> "00000017"
+reader.py
+    ShardError(RequestError)                     names the shard and the first bad sample
+    Shards.open(folder, on_damage="stop" | "skip-and-count")
+        .index .modality .classes .entries       (entries: index["shards"])
+        .count(split) -> int
+        .iterate(split, start=0) -> Iterator[Sample]       sequential; counts and sha256 checked
+        .iterate_shard(number) -> Iterator[Sample]         the same for one shard
+        .read(split, i) -> Sample                one pread
+        .damaged                                 samples given up so far under skip-and-count
+    Sample: .key .members (ext -> bytes) .meta (dict of key.json)
+        .image() uint8 (H, W, C)   .text() str   .audio() (int16 (T,), rate)   .tokens() array
+        .raw(modality)                           the decoded sample: image, text or audio array
+tokens.py
+    TokenSet.open(folder, split="train", on_damage="stop")
+        .samples .tokens .vocabulary (Vocabulary) .tokenizer_fingerprint .tokenizer_kind .grid
+        .classes .modality .raw_bytes .fingerprint .lengths (int64 (samples,), from the offsets)
+        [i] -> (tokens, meta)                    array as stored, dict of key.json
+vocabulary.py
+    Vocabulary(size=, ranges=, specials=)
+    join([Vocabulary, ...]) -> (Vocabulary, [int64 table (size_k,) old id -> joint id, ...])
+rows.py
+    rows_of(token_set, context=None, seed=0, shuffle=True, table=None) -> Rows
+        FixedRows where all samples have `context` tokens (or context is None), else PackedRows.
+        len(rows) rows an epoch; rows.context; rows.waste (share of padding)
+batches.py
+    Batch: .x (B, T) long, row-major for grids    .cond (B,) long or None (labels)
+           .documents (B, T) long or None         .mask (B, T) bool or None (False on padding)
+           .step .position .ids (list of B lists of Piece(set, epoch, sample, start, stop))
+           .tokens (number that count)   .to(device)   .split(n) -> micro-batches
+    Mixture([Rows, ...], weights=None, seed=0)    .batch(position, size) -> Batch
+    Loader(mixture, batch_size, rank=0, world_size=1, step=0, position=None, workers=1, ahead=4)
+        an endless iterator of rank r's slice of each global batch; a context manager
+        batch_size: int, or [(from_step, size), ...] for a ramp
+        .state() -> {"step": s, "position": p}   of the next batch   .stalled seconds waited
+        .skip(rows)                              pass over a data window
+    sequential(rows, batch_size, rank=0, world_size=1) -> Iterator[Batch]   validation: each
+        row once, in order; the last batch may be short; no row twice over all ranks
+ledger.py
+    Ledger(folder, rank)   .record(batch, passed_over=False)   .close()
+    rewind(folder, step)   drop what steps >= step recorded (rank 0, before ranks record)
+    write_header(folder, mixture)    verify(folder) -> list[Finding]
+"""
