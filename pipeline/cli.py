@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 from chainrule.pipeline import launch
@@ -21,11 +20,13 @@ from chainrule.pipeline.stage import StageFailed, StageInterrupted
 app = typer.Typer(
     name="chainrule",
     help="Pretrain autoregressive models of image, text and audio tokens, stage by stage.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+UsageError: Any = typer.BadParameter.__mro__[1]
+"""click's UsageError; typer carries a click of its own in newer versions."""
 
 ConfigArgument = Annotated[
     Path, typer.Argument(help="A pipeline file (.yaml), or the name of one that is shipped.")
@@ -183,11 +184,13 @@ def _main() -> int:
     try:
         result = app(standalone_mode=False)
         return int(result) if isinstance(result, int) else launch.DONE
-    except (click.exceptions.NoArgsIsHelpError, click.UsageError) as error:
-        return _usage(error)
-    except click.exceptions.Exit as error:
-        return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
+    except UsageError as error:
+        where = f" ({error.ctx.command_path} --help)" if error.ctx is not None else ""
+        launch.say(f"error: {error.format_message()}{where}")
+        return launch.WRONG_REQUEST
+    except typer.Exit as error:
+        return int(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
         launch.say("interrupted; the same command goes on from where it stopped")
         return launch.INTERRUPTED
     except RequestError as error:
@@ -207,15 +210,6 @@ def _main() -> int:
         traceback.print_exc()
         launch.say(f"error: {type(error).__name__}: {error}")
         return launch.FAILED
-
-
-def _usage(error: click.UsageError) -> int:
-    if isinstance(error, click.exceptions.NoArgsIsHelpError):
-        typer.echo(error.format_message())
-        return launch.WRONG_REQUEST
-    hint = f" ({error.ctx.command_path} --help)" if error.ctx is not None else ""
-    launch.say(f"error: {error.format_message()}{hint}")
-    return launch.WRONG_REQUEST
 
 
 if __name__ == "__main__":

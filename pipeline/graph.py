@@ -312,9 +312,8 @@ class _Document:
         stages = self.value.get("stages")
         if keys[0] not in TOP_KEYS and isinstance(stages, dict):
             if keys[0] not in stages:
-                raise RequestError(
-                    f"--set {text}: no stage '{keys[0]}'{nearest(keys[0], [str(s) for s in stages])}"
-                )
+                near = nearest(keys[0], [str(s) for s in stages])
+                raise RequestError(f"--set {text}: no stage '{keys[0]}'{near}")
             keys = ["stages", *keys]
         try:
             value = yaml.load(raw, Loader=_Loader)

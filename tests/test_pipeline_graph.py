@@ -1,0 +1,282 @@
+"""Pipeline files: parsing, overrides, faults by file and line, order, fingerprints, states."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from chainrule.pipeline import artifact, graph, launch
+from chainrule.pipeline.config import RequestError, Settings, runtime
+from chainrule.pipeline.graph import State, load_pipeline
+from chainrule.pipeline.launch import Selection
+from chainrule.pipeline.stage import Input, Stage, StageFailed
+
+
+class Inner(Settings):
+    rate: float = 0.1
+    names: list[str] = []
+
+
+class SourceConfig(Settings):
+    text: str = "x"
+    inner: Inner = Inner()
+    workers: int = runtime(1)
+
+
+class JoinConfig(Settings):
+    times: int = 1
+    fail: bool = False
+
+
+def write(config: SourceConfig, stage: Stage) -> None:
+    (stage.folder / "out.txt").write_text(config.text)
+    stage.log(1, loss=config.inner.rate)
+    stage.summary["size"] = len(config.text)
+
+
+def join(config: JoinConfig, stage: Stage) -> None:
+    attempts = stage.folder / "attempts.txt"
+    attempts.write_text((attempts.read_text() if attempts.exists() else "") + "x")
+    if config.fail and len(attempts.read_text()) == 1:
+        raise StageFailed("the first attempt fails")
+    texts = [found.path("out.txt").read_text() for found in stage.inputs["parts"]]
+    (stage.folder / "out.txt").write_text("".join(texts) * config.times)
+
+
+JOBS = {
+    "write": SimpleNamespace(Config=SourceConfig, INPUTS={}, main=write),
+    "join": SimpleNamespace(
+        Config=JoinConfig, INPUTS={"parts": Input(jobs=("write", "join"), many=True)}, main=join
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two small honest jobs in place of the real ones."""
+
+    def job_module(name: str) -> SimpleNamespace:
+        if name not in JOBS:
+            raise RequestError(f"unknown job '{name}'{graph.nearest(name, list(JOBS))}")
+        return JOBS[name]
+
+    class Silent:
+        run_id = "none"
+
+        def __init__(self, *args: object, **kwargs: object) -> None: ...
+
+        def __getattr__(self, name: str):
+            return lambda *args: None
+
+    monkeypatch.setattr(graph, "job_module", job_module)
+    monkeypatch.setattr(launch, "Tracker", Silent)
+
+
+TEXT = """\
+name: small
+stages:
+  c:
+    job: join
+    inputs: {parts: [a, b]}
+  a:
+    job: write
+    text: one
+    inner:
+      rate: 1e-3
+  b: {job: write, text: two}
+  d: {job: join, inputs: {parts: c}, times: 2}
+"""
+
+
+@pytest.fixture()
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(TEXT)
+    return path
+
+
+def load(config: Path, *overrides: str) -> graph.Pipeline:
+    return load_pipeline(config, list(overrides), config.parent / "runs")
+
+
+def states(config: Path, *overrides: str) -> dict[str, str]:
+    pipeline = load(config, *overrides)
+    return {name: str(pipeline.state(name)[0]) for name in pipeline.stages}
+
+
+def test_stages_come_in_an_order_that_can_be_run(config: Path) -> None:
+    assert list(load(config).stages) == ["a", "b", "c", "d"]
+
+
+def test_exponents_without_a_dot_are_numbers(config: Path) -> None:
+    assert load(config).stages["a"].config.inner.rate == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [("a.inner.rate=0.5", 0.5), ("stages.a.inner.rate=2e-4", 2e-4)],
+)
+def test_override_reaches_the_setting(config: Path, override: str, expected: float) -> None:
+    assert load(config, override).stages["a"].config.inner.rate == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "line", "words"),
+    [
+        (("rate: 1e-3", "rte: 1e-3"), 10, "unknown key 'inner.rte'; did you mean 'rate'?|rate"),
+        (("rate: 1e-3", "rate: fast"), 10, "valid number"),
+        (("    text: one", "    txt: one"), 8, "unknown key 'txt'; did you mean 'text'?"),
+        (("job: write, text: two", "job: wrote, text: two"), 11, "did you mean 'write'?"),
+        (("parts: c", "parts: cc"), 12, "no stage"),
+        (("parts: c", "part: c"), 12, "did you mean 'parts'?"),
+        (("inputs: {parts: c}, ", ""), 12, "input 'parts' is missing"),
+        (("name: small", "nme: small"), 1, "did you mean 'name'?"),
+        (("parts: [a, b]", "parts: [a, d]"), None, "cycle: c → d → c"),
+        (("text: two}", "text: two"), None, "not valid YAML"),
+        (("    text: one", "    text: one\n    text: two"), 9, "given twice"),
+    ],
+)
+def test_a_fault_names_file_line_key_and_remedy(
+    config: Path, change: tuple[str, str], line: int | None, words: str
+) -> None:
+    assert change[0] in TEXT
+    config.write_text(TEXT.replace(*change))
+    with pytest.raises(RequestError) as caught:
+        load(config)
+    message = str(caught.value)
+    assert message.startswith(f"{config}:{line}:" if line else f"{config}:")
+    assert any(word in message for word in words.split("|"))
+    assert len(message.splitlines()) <= 2
+
+
+@pytest.mark.parametrize("override", ["a.inner.rate", "q.x=1", "a.nothing=1", "a.text.x=1"])
+def test_a_wrong_override_is_refused(config: Path, override: str) -> None:
+    with pytest.raises(RequestError):
+        load(config, override)
+
+
+def test_settings_that_change_nothing_leave_the_fingerprint_alone(config: Path) -> None:
+    before = load(config)
+    assert load(config, "a.workers=7").fingerprint("d") == before.fingerprint("d")
+    assert load(config, "a.resources.processes=2").fingerprint("d") == before.fingerprint("d")
+    assert load(config, "a.text=other").fingerprint("d") != before.fingerprint("d")
+
+
+def test_run_does_what_is_not_fresh_and_nothing_else(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert set(states(config).values()) == {"new"}
+    assert launch.run_pipeline(load(config), Selection()) == 0
+    assert (load(config).folder("d") / "out.txt").read_text() == "onetwoonetwo"
+    assert set(states(config).values()) == {"fresh"}
+    capsys.readouterr()
+    assert launch.run_pipeline(load(config), Selection()) == 0
+    assert "nothing to do, 4 stages are fresh" in capsys.readouterr().err
+    changed = states(config, "b.text=zwei")
+    assert changed == {"a": "fresh", "b": "stale", "c": "stale", "d": "stale"}
+    assert "text: two → zwei" in load(config, "b.text=zwei").state("b")[1]
+    assert "input parts" in load(config, "b.text=zwei").state("d")[1]
+    launch.run_pipeline(load(config, "b.text=zwei"), Selection())
+    assert (load(config).folder("d") / "out.txt").read_text() == "onezweionezwei"
+    assert not list(load(config).root.glob("*.replaced"))
+
+
+def test_artifact_says_where_it_came_from(config: Path) -> None:
+    launch.run_pipeline(load(config), Selection())
+    found = artifact.Artifact.open(load(config).folder("c"))
+    assert [entry["stage"] for entry in found.manifest["inputs"]["parts"]] == ["a", "b"]
+    assert {entry["path"] for entry in found.manifest["files"]} == {
+        "attempts.txt",
+        "config.yaml",
+        "metrics.jsonl",
+        "out.txt",
+    }
+    stored = yaml.safe_load(found.path("config.yaml").read_text())
+    assert stored["job"] == "join"
+    found.verify()
+
+
+def test_a_failed_stage_is_taken_up_where_it_stopped(config: Path) -> None:
+    with pytest.raises(StageFailed):
+        launch.run_pipeline(load(config, "c.fail=true"), Selection())
+    found = states(config, "c.fail=true")
+    assert found == {"a": "fresh", "b": "fresh", "c": "failed", "d": "new"}
+    assert load(config, "c.fail=true").state("c")[1] == "the first attempt fails"
+    assert not load(config).folder("c").exists()
+    launch.run_pipeline(load(config, "c.fail=true"), Selection())
+    assert (load(config).folder("c") / "attempts.txt").read_text() == "xx"
+    assert states(config, "c.fail=true")["d"] == "fresh"
+
+
+def test_unfinished_work_under_other_settings_is_dropped(config: Path) -> None:
+    with pytest.raises(StageFailed):
+        launch.run_pipeline(load(config, "c.fail=true"), Selection())
+    launch.run_pipeline(load(config), Selection())
+    assert (load(config).folder("c") / "attempts.txt").read_text() == "x"
+
+
+def test_selection(config: Path) -> None:
+    pipeline = load(config)
+    assert Selection(only=("b",)).stages(pipeline) == ["b"]
+    assert Selection(start=("b",)).stages(pipeline) == ["b", "c", "d"]
+    assert Selection(until=("c",)).stages(pipeline) == ["a", "b", "c"]
+    assert Selection(start=("b",), until=("c",)).stages(pipeline) == ["b", "c"]
+    with pytest.raises(RequestError, match="no stage 'e'"):
+        Selection(force=("e",)).stages(pipeline)
+    with pytest.raises(RequestError, match="needs 'c', which is new"):
+        launch.decide(pipeline, Selection(only=("d",)))
+
+
+def test_force_does_a_fresh_stage_again(config: Path) -> None:
+    launch.run_pipeline(load(config), Selection())
+    before = artifact.Artifact.open(load(config).folder("b")).manifest["end"]
+    launch.run_pipeline(load(config), Selection(force=("b",)))
+    assert artifact.Artifact.open(load(config).folder("b")).manifest["end"] > before
+    assert set(states(config).values()) == {"fresh"}
+
+
+def test_an_altered_artifact_is_named(config: Path) -> None:
+    launch.run_pipeline(load(config), Selection())
+    out = load(config).folder("a") / "out.txt"
+    out.write_text("eno")
+    with pytest.raises(artifact.ArtifactError, match="altered"):
+        artifact.Artifact.open(out.parent).verify()
+    out.write_text("longer")
+    with pytest.raises(artifact.ArtifactError, match="6 bytes, artifact.json says 3"):
+        artifact.Artifact.open(out.parent)
+
+
+def test_a_publication_cut_between_its_renames_is_finished(config: Path) -> None:
+    launch.run_pipeline(load(config), Selection())
+    folder = load(config).folder("a")
+    # killed after the old folder was moved away, before the new one took its place
+    partial = artifact.partial_folder(folder)
+    folder.rename(partial)
+    artifact.recover(folder)
+    assert states(config)["a"] == "fresh"
+    assert not partial.exists()
+    # killed after the new one took its place, before the old one was removed
+    replaced = folder.with_name("a.replaced")
+    replaced.mkdir()
+    artifact.recover(folder)
+    assert not replaced.exists()
+
+
+def test_metrics_are_whole_lines_and_each_step_once(tmp_path: Path) -> None:
+    def stage() -> Stage:
+        return Stage("s", "p", "write", tmp_path, "f")
+
+    first = stage()
+    for step in range(1, 6):
+        first.log(step, loss=1.0 / step)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')  # killed in the middle of a line
+    again = stage()
+    again.rewind_log(3)
+    again.log(4, loss=0.25)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [yaml.safe_load(line)["step"] for line in lines] == [1, 2, 3, 4]
+
+
+def test_state_values_are_the_designs() -> None:
+    assert {"fresh", "stale", "unfinished", "running", "failed"} <= {str(s) for s in State}

@@ -1,0 +1,62 @@
+"""Tracking against a real MLflow store (SQLite): nested runs, resuming, a store that is away."""
+
+import time
+from pathlib import Path
+
+import pytest
+from chainrule.pipeline import tracking
+from chainrule.pipeline.tracking import Tracker
+
+pytestmark = pytest.mark.slow  # MLflow makes its database: some seconds
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+def test_a_resumed_run_repeats_no_step(runs: Path, tmp_path: Path) -> None:
+    parent = Tracker(runs, "digits", "digits")
+    given: list[str] = []
+    first = Tracker(runs, "digits", "decoder", parent_id="parent", on_run_id=given.append)
+    first.parameters({"width": 128, "text": "x" * 9000})
+    for step in range(1, 6):
+        first.metrics(step, {"loss": 1 / step})
+    picture = tmp_path / "sheet.png"
+    picture.write_bytes(b"png")
+    first.file(picture)
+    first.finish("KILLED")
+    parent.finish("KILLED")
+    assert given == [first.run_id]
+
+    again = Tracker(runs, "digits", "decoder", run_id=first.run_id)
+    for step in range(4, 9):  # the checkpoint was at step 3
+        again.metrics(step, {"loss": 1 / step})
+    again.finish("FINISHED")
+
+    store = tracking.client(runs)
+    history = store.get_metric_history(first.run_id, "loss")
+    assert sorted(metric.step for metric in history) == list(range(1, 9))
+    run = store.get_run(first.run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["width"] == "128"
+    assert run.data.tags["mlflow.parentRunId"] == "parent"
+    assert [file.path for file in store.list_artifacts(first.run_id)] == ["sheet.png"]
+    assert store.get_run(parent.run_id).info.status == "KILLED"
+
+
+def test_a_store_that_is_away_neither_stops_nor_slows(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.setattr(tracking, "FINISH_WITHIN_S", 3.0)
+    tracker = Tracker(runs, "digits", "decoder")
+    began = time.perf_counter()
+    for step in range(1000):
+        tracker.metrics(step, {"loss": 1.0})
+    assert time.perf_counter() - began < 1.0
+    tracker.finish("FINISHED")
+    assert time.perf_counter() - began < 30
+    said = capsys.readouterr().err
+    assert said.count("MLflow at http://127.0.0.1:9") == 1
+    assert "goes on without it" in said
