@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+
 from chainrule.pipeline import artifact, graph, launch
 from chainrule.pipeline.config import RequestError, Settings, runtime
 from chainrule.pipeline.graph import State, load_pipeline
@@ -88,7 +89,7 @@ stages:
 """
 
 
-@pytest.fixture()
+@pytest.fixture
 def config(tmp_path: Path) -> Path:
     path = tmp_path / "small.yaml"
     path.write_text(TEXT)

@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from chainrule.pipeline import tracking
 from chainrule.pipeline.tracking import Tracker
 
