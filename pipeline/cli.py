@@ -4,6 +4,7 @@ Commands import what they need when they are called: `chainrule status` reads ar
 and must not wait for torch or MLflow.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -181,6 +182,7 @@ def _main() -> int:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, on_terminate)
+    importlib.import_module("chainrule.pipeline.cli_model")  # adds its commands to `app`
     try:
         result = app(standalone_mode=False)
         return int(result) if isinstance(result, int) else launch.DONE
@@ -210,7 +212,3 @@ def _main() -> int:
         traceback.print_exc()
         launch.say(f"error: {type(error).__name__}: {error}")
         return launch.FAILED
-
-
-if __name__ == "__main__":
-    main()

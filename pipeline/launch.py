@@ -312,7 +312,7 @@ def needs_ranks(spec: StageSpec) -> bool:
 
 def stage_command(pipeline: Pipeline, name: str) -> list[str]:
     """The command that runs one stage as one rank."""
-    command = [sys.executable, "-m", "chainrule.pipeline.cli", "stage", str(pipeline.path), name]
+    command = [sys.executable, "-m", "chainrule.pipeline", "stage", str(pipeline.path), name]
     command += ["--runs", str(pipeline.runs)]
     for override in pipeline.overrides:
         command += ["--set", override]

@@ -48,16 +48,17 @@ def stream(
     rules: Rules,
     seed: int = 0,
     stop: Sequence[str] = (),
+    index: int = 0,
 ) -> Iterator[str]:
     """Pieces of one sample's text as its tokens are drawn, the prompt left out.
 
-    The pieces joined are the text that `sample` writes for its sample 0. A token that ends
+    The pieces joined are the text that `sample` writes for its sample `index`. A token that ends
     inside a character (byte pieces) is held back until the character is whole; text that may
     be the beginning of a stop string is held back too.
     """
     known, given = pack_prompts([prompt])
     plan = Plan(
-        seeds=sample_seeds(seed, np.arange(1)),
+        seeds=sample_seeds(seed, np.array([index])),
         lengths=np.array([len(prompt) + length]),
         known=known if len(prompt) else None,
         given=given if len(prompt) else None,

@@ -1,0 +1,229 @@
+"""Commands on a bare model folder: sample, evaluate, compress, decompress, export, verify.
+
+They call the same jobs as stages do, with a stage made for the occasion. Jobs are looked up
+by name, as a pipeline file names them.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pydantic
+import typer
+import yaml
+
+from chainrule.pipeline import launch
+from chainrule.pipeline.artifact import Artifact, ArtifactError
+from chainrule.pipeline.cli import ModelArgument, app
+from chainrule.pipeline.config import RequestError, explain
+from chainrule.pipeline.graph import job_module
+from chainrule.pipeline.stage import Stage
+
+JobSetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="A.B=V", help="A setting of the job: KEY.SUBKEY=VALUE."),
+]
+
+
+def settings(job: str, values: dict[str, Any], overrides: list[str] | None) -> Any:
+    """The job's Config from options that were given and `--set`; RequestError names a fault."""
+    merged: dict[str, Any] = {k: v for k, v in values.items() if v is not None}
+    for override in overrides or []:
+        name, equals, raw = override.partition("=")
+        if not equals:
+            raise RequestError(f"--set {override}: write it as key.subkey=value")
+        target = merged
+        *path, last = name.strip().split(".")
+        for key in path:
+            target = target.setdefault(key, {})
+        target[last] = yaml.safe_load(raw)
+    config = job_module(job).Config
+    try:
+        return config.model_validate(merged)
+    except pydantic.ValidationError as error:
+        raise RequestError("; ".join(m for _, m in explain(error, config))) from None
+
+
+def stage_for(job: str, folder: Path, inputs: dict[str, Path | None]) -> Stage:
+    """A stage outside any pipeline, at work in `folder`, on bare folders."""
+    found = {role: [Artifact.bare(path)] for role, path in inputs.items() if path is not None}
+    return Stage(job, "", job, folder, fingerprint="", inputs=found)
+
+
+def new_folder(out: Path) -> Path:
+    """`out`, if it is empty or not there yet."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RequestError(f"{out}: is there already; name another with --out, or remove it")
+    return out
+
+
+@app.command()
+def sample(
+    model: ModelArgument,
+    n: Annotated[int | None, typer.Option("--n", min=1, help="How many samples.")] = None,
+    classes: Annotated[
+        list[str] | None, typer.Option("--class", help="Asked for in turn, by number or name.")
+    ] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", help="Continued in turn; \\n is a new line.")
+    ] = None,
+    length: Annotated[int | None, typer.Option(help="Elements after the prompt.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 takes the mode.")] = None,
+    top_k: Annotated[int | None, typer.Option()] = None,
+    top_p: Annotated[float | None, typer.Option()] = None,
+    seed: Annotated[int | None, typer.Option()] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for the store, pictures and texts.")
+    ] = None,
+    overrides: JobSetOption = None,
+) -> None:
+    """Draw from a model: text streams to the terminal, pictures and sound go to a folder."""
+    job: Any = job_module("sample")
+    prompts = [p.encode().decode("unicode_escape") if "\\" in p else p for p in prompt or []]
+    values: dict[str, Any] = {
+        "number": n,
+        "classes": [int(c) if c.isdigit() else c for c in classes or []] or None,
+        "prompts": prompts or None,
+        "length": length,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+    }
+    config = settings("sample", values, overrides)
+    modality = Artifact.bare(model).card.get("modality")
+    if out is None and modality == "text":
+        _stream(job, model, config, n or max(len(prompts), 1))
+        return
+    folder = new_folder(out if out is not None else Path("samples"))
+    with tempfile.TemporaryDirectory(dir=_parent(folder), prefix=".sample-") as temporary:
+        working = Path(temporary) / "out"
+        job.main(config, stage_for("sample", working, {"model": model}))
+        if folder.exists():
+            folder.rmdir()
+        working.rename(folder)
+    typer.echo(folder)
+
+
+def _parent(folder: Path) -> Path:
+    parent = folder.absolute().parent
+    if not parent.is_dir():
+        raise RequestError(f"{parent}: no such folder")
+    return parent
+
+
+def _stream(job: Any, model: Path, config: Any, number: int) -> None:
+    """Text samples one after another, each piece as it comes."""
+    from chainrule.pipeline.sampling.text import stream
+
+    source = job.open_source(model, config.device, config.dtype)
+    request = job.settle(config, source)
+    for i in range(number):
+        if i:
+            typer.echo("\n" + "─" * 40)
+        prompt = request.prompts[i % len(request.prompts)]
+        if prompt:
+            sys.stdout.write(source.tokenizer.decode([np.asarray(prompt)])[0])
+        for piece in stream(
+            source.model,
+            source.tokenizer,
+            prompt,
+            request.length,
+            request.rules,
+            config.seed,
+            config.stop,
+            index=i,
+        ):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    typer.echo()
+
+
+@app.command()
+def evaluate(
+    model: ModelArgument,
+    tokens: Annotated[
+        Path | None, typer.Option(help="A pretokenize artifact, of the model's tokenizer.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="An ingest artifact.")] = None,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for evaluation.json and pictures.")
+    ] = Path("evaluation"),
+    overrides: JobSetOption = None,
+) -> None:
+    """Likelihoods of a model on shards: nats, bits a dimension or byte, beside the baselines."""
+    if tokens is None and data is None:
+        raise RequestError("evaluate: give --tokens (a pretokenize artifact) or --data (ingest's)")
+    config = settings("evaluate", {}, overrides)
+    folder = new_folder(out)
+    stage = stage_for("evaluate", folder, {"model": model, "tokens": tokens, "data": data})
+    job_module("evaluate").main(config, stage)
+    typer.echo((folder / "evaluation.json").read_text(), nl=False)
+
+
+@app.command()
+def compress(
+    model: ModelArgument,
+    files: Annotated[list[Path], typer.Argument(help="Any files.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The container to write (.cr).")],
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Decode before calling it done.")
+    ] = True,
+) -> None:
+    """Compress files under a model's likelihood; they come back bit for bit."""
+    reports = job_module("compress").compress_files(model, files, out, verify=verify)
+    for report in reports:
+        ideal = f", ideal {report.ideal_bytes:,.0f}" if report.ideal_bytes is not None else ""
+        how = report.how + (f" ({report.why})" if report.why else "")
+        typer.echo(
+            f"{report.name}: {report.original_bytes:,} → {report.coded_bytes:,} bytes{ideal}, "
+            f"{report.bits_per_byte:.3f} bits a byte, by {how}"
+        )
+    typer.echo(f"{out}: {out.stat().st_size:,} bytes with its header")
+
+
+@app.command()
+def decompress(
+    container: Annotated[Path, typer.Argument(help="A container that compress wrote (.cr).")],
+    model: Annotated[Path, typer.Option("--model", "-m", help="The model it was made with.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for the files; none is overwritten.")
+    ] = Path("."),
+) -> None:
+    """Give back the files of a container, or refuse before anything is written."""
+    for path in job_module("compress").decompress_file(container, model, out):
+        typer.echo(path)
+
+
+@app.command()
+def export(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
+    to: Annotated[str, typer.Option(help="The format: transformers.")] = "transformers",
+) -> None:
+    """Write a decoder as a `transformers` folder (GPT-2, LLaMA, Mistral, Falcon, ImageGPT)."""
+    if to != "transformers":
+        raise RequestError(f"--to {to}: known: transformers")
+    job_module_by_verb("export").export(model, new_folder(out))
+    typer.echo(out)
+
+
+@app.command()
+def verify(
+    run: Annotated[Path, typer.Argument(help="A pretrain artifact with a ledger.")],
+) -> None:
+    """Read the ledger of a pretraining run: samples skipped and repeated; exit 1 unless 0 and 0."""
+    if not run.is_dir():
+        raise ArtifactError(f"{run}: no such folder")
+    raise typer.Exit(
+        launch.DONE if job_module_by_verb("verify").main(run, typer.echo) else launch.FAILED
+    )
+
+
+def job_module_by_verb(verb: str) -> Any:
+    """A file of `jobs/` that is no stage."""
+    import importlib
+
+    return importlib.import_module(f"chainrule.jobs.{verb}")
