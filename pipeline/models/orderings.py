@@ -9,6 +9,7 @@ at step t. An event (C, H, W) is ordered pixel by pixel, the channels of a pixel
 R, G, B of one pixel, then those of the next.
 """
 
+import math
 from typing import Any, Literal
 
 import numpy as np
@@ -45,22 +46,26 @@ class Ordering(Settings):
 
         ValueError where a grid order is asked for of an event without a grid.
         """
-        length = int(np.prod(event_shape))
+        # numpy throughout: a model built on the meta device has real orders too.
+        return torch.from_numpy(self._indices(event_shape).astype(np.int64))
+
+    def _indices(self, event_shape: tuple[int, ...]) -> np.ndarray:
+        length = math.prod(event_shape)
         if self.kind == "permutation":
             # RandomState's stream is frozen for ever (NEP 19), so that an order drawn from
             # a seed is the same one under any version of numpy or torch.
-            return torch.from_numpy(np.random.RandomState(self.seed).permutation(length)).long()
+            return np.random.RandomState(self.seed).permutation(length)
         if len(event_shape) == 1:
             if self.kind in GRID_KINDS:
                 raise ValueError(
                     f"ordering '{self.kind}' needs a grid: event_shape is {tuple(event_shape)}, "
                     "give (H, W) or (C, H, W)"
                 )
-            return torch.arange(length)
+            return np.arange(length)
         height, width = event_shape[-2:]
         channels = length // (height * width)
-        pixels = torch.from_numpy(_GRIDS[self.kind](height, width)).long()
-        return (torch.arange(channels) * (height * width) + pixels.unsqueeze(1)).flatten()
+        pixels = _GRIDS[self.kind](height, width)
+        return (np.arange(channels) * (height * width) + pixels[:, None]).ravel()
 
 
 def inverse(order: Tensor) -> Tensor:

@@ -1,0 +1,119 @@
+"""What enters a model: elements as features, the class, and the checks of both.
+
+Every check raises ValueError naming the argument, the value and the bound, before any
+kernel runs on it.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+
+def check_elements(
+    x: Tensor, event_shape: tuple[int, ...], vocabulary_size: int | None, shorter: bool = False
+) -> None:
+    """`x` is (B, *event_shape); discrete elements (`vocabulary_size` given) are integers in
+    0..vocabulary_size-1. `shorter`: a sequence may have fewer elements than the event."""
+    fits = tuple(x.shape[1:]) == tuple(event_shape)
+    if shorter and x.dim() == 2 and len(event_shape) == 1:
+        fits = x.shape[1] <= event_shape[0]
+    if not fits:
+        wanted = ", ".join(str(n) for n in event_shape)
+        few = " or shorter" if shorter else ""
+        raise ValueError(f"x has shape {tuple(x.shape)}: the model takes (batch, {wanted}){few}")
+    check_values(x, vocabulary_size)
+
+
+def check_values(x: Tensor, vocabulary_size: int | None) -> None:
+    """Elements of any shape are of the model's kind: tokens in range, or floats."""
+    if vocabulary_size is None:
+        if not x.dtype.is_floating_point:
+            raise ValueError(f"x has dtype {x.dtype}: the model's elements are floats")
+        return
+    if x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.bool:
+        raise ValueError(f"x has dtype {x.dtype}: the model's elements are integers")
+    if x.numel():
+        low, high = (int(v) for v in torch.aminmax(x))
+        if low < 0 or high >= vocabulary_size:
+            wrong = low if low < 0 else high
+            raise ValueError(f"x holds {wrong}: elements lie in 0..{vocabulary_size - 1}")
+
+
+def check_condition(cond: Tensor | None, classes: int | None, batch: int) -> None:
+    """`cond` is (B,) integers in -1..classes-1 (-1: unconditional), or None."""
+    if cond is None:
+        return
+    if classes is None:
+        raise ValueError("cond was given: the model was built without classes")
+    if cond.dtype.is_floating_point or tuple(cond.shape) != (batch,):
+        raise ValueError(
+            f"cond has shape {tuple(cond.shape)} and dtype {cond.dtype}: "
+            f"the model takes integers of shape ({batch},)"
+        )
+    if cond.numel():
+        low, high = (int(v) for v in torch.aminmax(cond))
+        if low < -1 or high >= classes:
+            wrong = low if low < -1 else high
+            raise ValueError(f"cond holds {wrong}: classes are 0..{classes - 1}, -1 for none")
+
+
+class ClassEmbedding(nn.Module):
+    """h in p(x | h): a learned vector a class, and one more for "no class".
+
+    In training the class is dropped at `dropout`, so that the same network is also a model
+    of p(x) and guidance can be used (Ho and Salimans 2022, section 3.2).
+    """
+
+    def __init__(self, classes: int, width: int, dropout: float) -> None:
+        super().__init__()
+        self.classes = classes
+        self.dropout = dropout
+        self.table = nn.Embedding(classes + 1, width)
+        nn.init.normal_(self.table.weight, std=0.05)
+
+    def forward(self, cond: Tensor | None, batch: int) -> Tensor:
+        """(B,) to (B, width); None and -1 are the vector of "no class"."""
+        device = self.table.weight.device
+        if cond is None:
+            index = torch.full((batch,), self.classes, dtype=torch.long, device=device)
+        else:
+            index = torch.where(cond < 0, self.classes, cond.long()).to(device)
+            if self.training and self.dropout > 0:
+                dropped = torch.rand(batch, device=device) < self.dropout
+                index = index.masked_fill(dropped, self.classes)
+        embedded: Tensor = self.table(index)
+        return embedded
+
+
+InputKind = Literal["intensity", "embedding"]
+
+
+def check_input(kind: InputKind, vocabulary_size: int | None) -> None:
+    """ValueError for an embedding of elements without a vocabulary."""
+    if kind == "embedding" and vocabulary_size is None:
+        raise ValueError("input is 'embedding': a continuous element has no vocabulary")
+
+
+def intensity(x: Tensor, vocabulary_size: int | None) -> Tensor:
+    """Values 0..V-1 as numbers in [-1, 1]; a continuous element is itself."""
+    return x if vocabulary_size is None else x * (2.0 / (vocabulary_size - 1)) - 1.0
+
+
+class ElementInput(nn.Module):
+    """Elements (...) as features (..., E): one number where values are intensities or
+    amplitudes, a learned vector where they are names (the codes of a VQ-VAE)."""
+
+    def __init__(self, kind: InputKind, vocabulary_size: int | None, width: int) -> None:
+        super().__init__()
+        check_input(kind, vocabulary_size)
+        self.vocabulary_size = vocabulary_size
+        self.features = width if kind == "embedding" else 1
+        embeds = kind == "embedding" and vocabulary_size is not None
+        self.table = nn.Embedding(vocabulary_size or 0, width) if embeds else None
+
+    def forward(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.table is not None:
+            embedded: Tensor = self.table(x.long())
+            return embedded
+        return intensity(x.to(dtype), self.vocabulary_size).unsqueeze(-1)
