@@ -1,0 +1,186 @@
+"""ingest: raw files -> raw shards, split into train and validation.
+
+    source -> list of inputs -> split by seed -> samples_per_shard inputs a shard -> index.json
+
+Shard i is a function of its inputs alone, so a killed run goes on from its last whole shard
+and any number of workers writes the same bytes. An input that cannot be used is named in
+`skipped.jsonl`; more than a share `max_skipped` of them stops the stage.
+"""
+
+import math
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import Field
+
+from chainrule.pipeline.config import Settings, runtime
+from chainrule.pipeline.data import sources
+from chainrule.pipeline.data.arrays import Arrays, Idx, SklearnDigits, Table
+from chainrule.pipeline.data.audio import AudioFolder
+from chainrule.pipeline.data.images import ImageFolder, Sprites
+from chainrule.pipeline.data.shards import SPLITS, ShardWriter, finish, finished, key_of
+from chainrule.pipeline.data.text import PythonStdlib, Text
+from chainrule.pipeline.stage import Input, Stage, StageFailed
+
+INPUTS: dict[str, Input] = {}
+
+SourceSettings = Annotated[
+    ImageFolder
+    | Sprites
+    | SklearnDigits
+    | Idx
+    | Arrays
+    | Table
+    | Text
+    | PythonStdlib
+    | AudioFolder,
+    Field(discriminator="kind"),
+]
+
+
+class Config(Settings):
+    source: SourceSettings
+    validation: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="share held out; null: the source's own split, or a tenth where it has none",
+    )
+    validation_tail: bool = Field(False, description="hold out the last inputs, not random ones")
+    seed: int = Field(0, description="of the split")
+    samples_per_shard: int = Field(1000, ge=1)
+    max_skipped: float = Field(
+        0.01, ge=0, le=1, description="share of unreadable inputs above which the stage stops"
+    )
+    workers: int = runtime(0, ge=0, description="processes that read; 0 reads in this one")
+
+
+def source_files(config: Config) -> list[Path]:
+    """Raw files whose content enters the stage's fingerprint."""
+    return config.source.files()
+
+
+def main(config: Config, stage: Stage) -> None:
+    if not stage.is_main:
+        return
+    source = config.source.open()
+    splits = sources.split(source, config.validation, config.seed, config.validation_tail)
+    shards = list(_shards(splits, config.samples_per_shard))
+    allowed = math.floor(config.max_skipped * len(source))
+    skipped = 0
+    with stage.progress(len(source), source.what + "s") as progress:
+        for number, entry in _write_all(config, stage.folder, shards, source, allowed):
+            skipped += len(entry["skipped"])
+            if skipped > allowed:
+                raise _too_many(config, source.what, entry["skipped"][-1], skipped, len(source))
+            progress.update(len(shards[number][1]), skipped=skipped)
+    index = finish(
+        stage.folder,
+        kind="raw",
+        modality=source.modality,
+        classes=source.classes,
+        shards=len(shards),
+    )
+    counts = {name: _samples(index, name) for name in SPLITS}
+    if counts["train"] == 0:
+        raise StageFailed(f"stage '{stage.name}': no input could be read; see skipped.jsonl")
+    stage.summary |= counts
+    stage.summary |= {"skipped": index["skipped"], "shards": len(shards)}
+    if source.modality == "text":
+        stage.summary["train_bytes"] = index["raw_bytes"]["train"]
+        stage.summary["validation_bytes"] = index["raw_bytes"]["validation"]
+
+
+def _shards(splits: dict[str, np.ndarray], size: int) -> Iterator[tuple[str, np.ndarray]]:
+    """(split, numbers of its inputs) of each shard, train first."""
+    for name in SPLITS:
+        for start in range(0, len(splits[name]), size):
+            yield name, splits[name][start : start + size]
+
+
+def _write_all(
+    config: Config,
+    folder: Path,
+    shards: list[tuple[str, np.ndarray]],
+    source: sources.Source,
+    allowed: int,
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, entry) of every shard, as each becomes whole; those found whole come first."""
+    missing = []
+    for number in range(len(shards)):
+        entry = finished(folder, number)
+        if entry is None:
+            missing.append(number)
+        else:
+            yield number, entry
+    if config.workers < 2 or len(missing) < 2:
+        for number in missing:
+            yield number, _write(source, folder, number, *shards[number], allowed)
+        return
+    with ProcessPoolExecutor(config.workers, get_context("spawn"), _open, (config,)) as pool:
+        pending: dict[Future[dict[str, Any]], int] = {}
+        while missing or pending:
+            while missing and len(pending) < 2 * config.workers:
+                number = missing.pop(0)
+                future = pool.submit(_write_opened, folder, number, *shards[number], allowed)
+                pending[future] = number
+            done, _ = wait(pending, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield pending.pop(future), future.result()
+
+
+def _write(
+    source: sources.Source,
+    folder: Path,
+    number: int,
+    split: str,
+    inputs: np.ndarray,
+    allowed: int,
+) -> dict[str, Any]:
+    """Write one shard; its entry. It stops early past `allowed` skipped inputs of its own."""
+    with ShardWriter(folder, number, split) as shard:
+        for i in inputs.tolist():
+            try:
+                raw = source.read(i)
+            except sources.Unreadable as error:
+                shard.skip(source.what, source.where(i), str(error))
+                if shard.skipped > allowed:
+                    break
+                continue
+            shard.write(key_of(i), raw.members, raw_bytes=raw.raw_bytes)
+    entry = finished(folder, number)
+    assert entry is not None, f"shard {number} vanished from {folder}"
+    return entry
+
+
+_opened: sources.Source  # of a worker process
+
+
+def _open(config: Config) -> None:
+    global _opened
+    _opened = config.source.open()
+
+
+def _write_opened(
+    folder: Path, number: int, split: str, inputs: np.ndarray, allowed: int
+) -> dict[str, Any]:
+    return _write(_opened, folder, number, split, inputs, allowed)
+
+
+def _too_many(
+    config: Config, what: str, last: dict[str, Any], skipped: int, total: int
+) -> StageFailed:
+    path = getattr(config.source, "path", None)
+    where = f"{path}: {last['where']}" if path is not None else last["where"]
+    return StageFailed(
+        f"{where}: {last['reason']}\n{skipped} of {total} {what}s could not be used, max_skipped "
+        f"is {config.max_skipped:g}; mend or remove them, or raise max_skipped"
+    )
+
+
+def _samples(index: dict[str, Any], split: str) -> int:
+    return sum(entry["samples"] for entry in index["shards"] if entry["split"] == split)

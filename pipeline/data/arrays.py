@@ -1,0 +1,293 @@
+"""Sources whose samples are rows of arrays: pictures (digits, idx, npz) and tables of reals."""
+
+import csv
+import gzip
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from chainrule.pipeline.data.sources import (
+    Raw,
+    Source,
+    SourceError,
+    SourceSettings,
+    Unreadable,
+)
+
+
+class ArraySource(Source):
+    """Pictures uint8 (N, H, W, C) in memory, with class numbers (N,) where there are some."""
+
+    modality, what = "image", "image"
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray | None = None,
+        classes: list[str] | None = None,
+        where: Sequence[str] | None = None,
+        first_validation: int | None = None,
+    ) -> None:
+        """Rows from `first_validation` on are the source's own validation split."""
+        self._images, self._labels, self._where = images, labels, where
+        self._first_validation = first_validation
+        if labels is not None:
+            found = int(labels.max()) + 1
+            self.classes = classes or [str(i) for i in range(found)]
+            if found > len(self.classes) or labels.min() < 0:
+                raise SourceError(
+                    f"labels {labels.min()}..{labels.max()}, but {len(self.classes)} classes named"
+                )
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def where(self, i: int) -> str:
+        return self._where[i] if self._where is not None else f"[{i}]"
+
+    def split_of(self, i: int) -> str | None:
+        if self._first_validation is None:
+            return None
+        return "validation" if i >= self._first_validation else "train"
+
+    def read(self, i: int) -> Raw:
+        from chainrule.pipeline.data.images import encode_png
+
+        meta: dict[str, object] = {"source": self.where(i)}
+        if self._labels is not None and self.classes is not None:
+            label = int(self._labels[i])
+            meta |= {"label": label, "class": self.classes[label]}
+        return Raw({"png": encode_png(self._images[i]), "json": meta})
+
+
+def read_labels(path: Path, count: int) -> np.ndarray:
+    """Class numbers, one a line. SourceError."""
+    try:
+        labels = np.array([int(line) for line in path.read_text().split()], np.int64)
+    except FileNotFoundError:
+        raise SourceError(f"{path}: no such file") from None
+    except ValueError as error:
+        raise SourceError(f"{path}: not one class number a line ({error})") from None
+    if len(labels) != count:
+        raise SourceError(f"{path}: {len(labels)} labels for {count} images")
+    return labels
+
+
+class SklearnDigits(SourceSettings):
+    """scikit-learn's 1,797 real 8 x 8 digits (UCI, Alpaydin & Kaynak 1998), 0..16 as 0..255."""
+
+    kind: Literal["sklearn-digits"]
+
+    def open(self) -> Source:
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
+        where = [f"digits[{i}]" for i in range(len(images))]
+        return ArraySource(images, digits.target.astype(np.int64), where=where)
+
+    def files(self) -> list[Path]:
+        found = importlib.util.find_spec("sklearn")  # without the second that importing it takes
+        if found is None or found.origin is None:
+            raise SourceError("scikit-learn is not installed, and the digits are part of it")
+        path = Path(found.origin).parent / "datasets" / "data" / "digits.csv.gz"
+        return [path] if path.is_file() else []
+
+
+class Idx(SourceSettings):
+    """MNIST's format (LeCun, Cortes & Burges): idx-ubyte files, gzipped or not.
+
+    With t10k files in the folder these are the validation split, unless `validation` is set.
+    """
+
+    kind: Literal["idx"]
+    path: Path = Field(description="folder with train-images-idx3-ubyte(.gz) and so on")
+    classes: list[str] | None = None
+
+    def _find(self, name: str) -> Path | None:
+        for candidate in (self.path / name, self.path / f"{name}.gz"):
+            if candidate.is_file():
+                return candidate
+        return None
+
+    def _pairs(self) -> list[tuple[Path, Path | None]]:
+        if not self.path.is_dir():
+            raise SourceError(f"{self.path}: no such folder")
+        pairs = []
+        for part in ("train", "t10k"):
+            images = self._find(f"{part}-images-idx3-ubyte")
+            if images is not None:
+                pairs.append((images, self._find(f"{part}-labels-idx1-ubyte")))
+            elif part == "train":
+                raise SourceError(f"{self.path}: no train-images-idx3-ubyte or .gz")
+        return pairs
+
+    def open(self) -> Source:
+        images, labels, where = [], [], []
+        for path, label_path in self._pairs():
+            images.append(read_idx(path, 3))
+            where += [f"{path.name}[{i}]" for i in range(len(images[-1]))]
+            if label_path is not None:
+                labels.append(read_idx(label_path, 1))
+                if len(labels[-1]) != len(images[-1]):
+                    raise SourceError(
+                        f"{label_path}: {len(labels[-1])} labels for {len(images[-1])} images"
+                    )
+        return ArraySource(
+            np.concatenate(images)[..., None],
+            np.concatenate(labels).astype(np.int64) if len(labels) == len(images) else None,
+            self.classes,
+            where,
+            first_validation=len(images[0]) if len(images) > 1 else None,
+        )
+
+    def files(self) -> list[Path]:
+        return [path for pair in self._pairs() for path in pair if path is not None]
+
+
+def read_idx(path: Path, dimensions: int) -> np.ndarray:
+    """uint8 array of an idx file. SourceError where it is not one, or not whole."""
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError) as error:
+        raise SourceError(f"{path}: cannot be read ({error})") from None
+    if data[:4] != bytes([0, 0, 8, dimensions]):
+        raise SourceError(f"{path}: not an idx file of unsigned bytes in {dimensions} dimensions")
+    head = 4 + 4 * dimensions
+    shape = [int(side) for side in np.frombuffer(data[4:head], ">u4")]
+    if len(data) != head + int(np.prod(shape)):
+        raise SourceError(f"{path}: {len(data) - head} bytes for shape {shape}; copy it again")
+    return np.frombuffer(data, np.uint8, offset=head).reshape(shape)
+
+
+class Arrays(SourceSettings):
+    """Pictures in a `.npz` or `.npy`: uint8 (N, H, W) or (N, H, W, 1 or 3)."""
+
+    kind: Literal["arrays"]
+    path: Path
+    images: str = Field("images", description="key of the pictures in a .npz")
+    labels: str | None = Field(None, description="key of the class numbers in a .npz")
+    classes: list[str] | None = None
+
+    def open(self) -> Source:
+        arrays = _load_arrays(self.path)
+        images = _member(arrays, self.images, self.path)
+        if images.dtype != np.uint8 or images.ndim not in (3, 4):
+            raise SourceError(f"{self.path}: images are {images.dtype} {images.shape}, not uint8")
+        if images.ndim == 3:
+            images = images[..., None]
+        if images.shape[3] not in (1, 3) or len(images) == 0:
+            raise SourceError(f"{self.path}: images of shape {images.shape}: 1 or 3 channels")
+        labels = None
+        if self.labels is not None:
+            labels = _member(arrays, self.labels, self.path).astype(np.int64)
+            if labels.shape != images.shape[:1]:
+                raise SourceError(f"{self.path}: labels {labels.shape} for {len(images)} images")
+        where = [f"{self.path.name}[{i}]" for i in range(len(images))]
+        return ArraySource(images, labels, self.classes, where)
+
+    def files(self) -> list[Path]:
+        return [_present(self.path)]
+
+
+class Table(SourceSettings):
+    """Rows of real numbers: a `.csv` with a line of names, or `.npy`/`.npz` (N, D) of floats.
+
+    A sample is `key.f32`: little-endian float32 (D,). For the continuous densities.
+    """
+
+    kind: Literal["table"]
+    path: Path
+    columns: list[str] | None = Field(None, description="columns of a .csv; null takes all")
+    array: str = Field("values", description="key of the array in a .npz")
+    standardize: bool = Field(
+        False, description="subtract each column's mean over all rows, divide by its deviation"
+    )
+
+    def open(self) -> Source:
+        if self.path.suffix == ".csv":
+            names, values = _read_csv(_present(self.path), self.columns)
+        else:
+            values = _member(_load_arrays(self.path), self.array, self.path)
+            if values.ndim != 2 or values.dtype.kind not in "fiu" or len(values) == 0:
+                raise SourceError(f"{self.path}: {values.dtype} {values.shape}, not (N, D) reals")
+            names = [str(i) for i in range(values.shape[1])]
+        values = values.astype(np.float64)
+        if self.standardize:
+            deviation = np.nanstd(values, axis=0)
+            if not deviation.all():
+                name = names[int(np.argmin(deviation))]
+                raise SourceError(f"{self.path}: column '{name}' is constant; leave it out")
+            values = (values - np.nanmean(values, axis=0)) / deviation
+        return _TableSource(values, self.path.name)
+
+    def files(self) -> list[Path]:
+        return [_present(self.path)]
+
+
+class _TableSource(Source):
+    modality, what = "table", "row"
+
+    def __init__(self, values: np.ndarray, name: str) -> None:
+        self._values, self._name = values, name
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def where(self, i: int) -> str:
+        return f"{self._name}[{i}]"
+
+    def read(self, i: int) -> Raw:
+        row = self._values[i]
+        if not np.isfinite(row).all():
+            raise Unreadable("holds a value that is missing or not finite")
+        return Raw({"f32": row.astype("<f4").tobytes(), "json": {"source": self.where(i)}})
+
+
+def _present(path: Path) -> Path:
+    if not path.is_file():
+        raise SourceError(f"{path}: no such file")
+    return path
+
+
+def _load_arrays(path: Path) -> dict[str, np.ndarray]:
+    try:
+        loaded = np.load(_present(path), allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return {"": loaded}
+        with loaded:
+            return {name: loaded[name] for name in loaded.files}
+    except (OSError, ValueError, EOFError) as error:
+        raise SourceError(f"{path}: cannot be read without pickle ({error})") from None
+
+
+def _member(arrays: dict[str, np.ndarray], name: str, path: Path) -> np.ndarray:
+    if set(arrays) == {""}:
+        return arrays[""]
+    if name not in arrays:
+        raise SourceError(f"{path}: no array '{name}'; it holds {', '.join(sorted(arrays))}")
+    return arrays[name]
+
+
+def _read_csv(path: Path, columns: list[str] | None) -> tuple[list[str], np.ndarray]:
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.reader(file)
+        header = next(reader, [])
+        names = columns or header
+        missing = [name for name in names if name not in header]
+        if missing or not names:
+            raise SourceError(f"{path}: no column '{(missing or ['?'])[0]}' in its first line")
+        at = [header.index(name) for name in names]
+        rows = []
+        for line, row in enumerate(reader, start=2):
+            try:
+                rows.append([float(row[i]) if row[i].strip() else np.nan for i in at])
+            except (ValueError, IndexError):
+                raise SourceError(f"{path}, line {line}: not {len(header)} numbers") from None
+    if not rows:
+        raise SourceError(f"{path}: no rows below its first line")
+    return list(names), np.array(rows)

@@ -1,0 +1,216 @@
+"""Pictures of any kind as uint8 (H, W, C), and the sources that hold pictures.
+
+What is done to a picture, in this order:
+
+    animated          its first frame
+    EXIF orientation  turned upright
+    transparent       laid over white (RGBA, LA, palette with transparency)
+    16-bit grey       scaled to 8 bits (65535 becomes 255)
+    palette, CMYK     converted to RGB
+    `channels`        1: grey (ITU-R 601-2 luma); 3: RGB; None: as the picture is, grey or RGB
+    `size`            resized, with Lanczos' filter
+
+Truncated files, floating-point pictures, pictures past `max_pixels` (decompression bombs)
+and formats outside FORMATS are Unreadable.
+"""
+
+import io
+import struct
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from pydantic import Field
+
+from chainrule.pipeline.data.sources import (
+    Labels,
+    Raw,
+    Source,
+    SourceError,
+    SourceSettings,
+    Tree,
+    Unreadable,
+    split_folders,
+    tree_files,
+)
+
+# Without EPS and its like, which hand the file to another program.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+# What Pillow's readers raise on damaged files.
+FAULTS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+
+
+def encode_png(image: np.ndarray) -> bytes:
+    """uint8 (H, W, 1 or 3) as PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+class Pictures(SourceSettings):
+    """What pictures are made into; shared by the kinds that read picture files."""
+
+    channels: Literal[1, 3] | None = Field(3, description="1 grey, 3 RGB, null as they are")
+    size: int | tuple[int, int] | None = Field(
+        None, description="side, or (height, width), in pixels; null keeps each picture's own"
+    )
+    resize: Literal["crop", "stretch"] = Field(
+        "crop", description="crop: keep proportions, cut the middle; stretch: do not"
+    )
+    max_pixels: int = Field(100_000_000, ge=1, description="larger pictures are refused")
+
+    def decode(self, data: bytes) -> np.ndarray:
+        """uint8 (H, W, C) of an encoded picture. Unreadable."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                warnings.filterwarnings("ignore", category=UserWarning)  # broken EXIF and the like
+                with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
+                    self._refuse_large(picture)
+                    picture.load()
+                    return self._convert(picture)
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise Unreadable(f"too large: {error}") from None
+        except UnidentifiedImageError:
+            raise Unreadable(f"not a picture of a known format ({', '.join(FORMATS)})") from None
+        except FAULTS as error:
+            raise Unreadable(f"damaged: {error}") from None
+
+    def _refuse_large(self, picture: Image.Image) -> None:
+        width, height = picture.size
+        if width * height > self.max_pixels:
+            raise Unreadable(f"too large: {width} x {height} pixels, max_pixels {self.max_pixels}")
+
+    def _convert(self, picture: Image.Image) -> np.ndarray:
+        upright = ImageOps.exif_transpose(picture)
+        upright = _to_8_bits(upright)
+        if upright.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in upright.info:
+            upright = _over_white(upright)
+        if upright.mode == "1":
+            upright = upright.convert("L")
+        if upright.mode not in ("L", "RGB"):
+            upright = upright.convert("RGB")
+        if self.channels is not None:
+            upright = upright.convert("L" if self.channels == 1 else "RGB")
+        if self.size is not None:
+            height, width = (self.size, self.size) if isinstance(self.size, int) else self.size
+            lanczos = Image.Resampling.LANCZOS
+            if self.resize == "crop":
+                upright = ImageOps.fit(upright, (width, height), lanczos)
+            elif upright.size != (width, height):
+                upright = upright.resize((width, height), lanczos)
+        array = np.asarray(upright)
+        return array[:, :, None] if array.ndim == 2 else array
+
+
+def _to_8_bits(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I"):
+        values = np.asarray(picture).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise Unreadable("damaged: 32-bit grey values outside 0..65535")
+        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+    if picture.mode == "F":
+        raise Unreadable("a floating-point picture has no stated range; convert it to 8 or 16 bits")
+    return picture
+
+
+def _over_white(picture: Image.Image) -> Image.Image:
+    grey = picture.mode in ("L", "LA", "La", "1")
+    rgba = picture.convert("RGBA")
+    white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, rgba).convert("L" if grey else "RGB")
+
+
+class ImageFolder(Pictures):
+    """A folder (or tar) of pictures; the class of a picture is its first subfolder."""
+
+    kind: Literal["image-folder"]
+    path: Path
+    class_pattern: str | None = Field(
+        None, description="regular expression on the relative path; its first group is the class"
+    )
+    splits: dict[str, Literal["train", "validation"]] | None = Field(
+        None, description="top folders that are splits: {train: train, test: validation}"
+    )
+
+    def open(self) -> Source:
+        return _PictureFiles(self)
+
+    def files(self) -> list[Path]:
+        return tree_files(self.path, SUFFIXES)
+
+
+class _PictureFiles(Source):
+    modality, what = "image", "image"
+
+    def __init__(self, settings: ImageFolder) -> None:
+        self._settings = settings
+        self._tree = Tree(settings.path, SUFFIXES)
+        names = self._tree.names
+        self._splits: list[str] | None = None
+        if settings.splits is not None:
+            pairs = split_folders(names, dict(settings.splits), settings.path)
+            self._splits = [split for split, _ in pairs]
+            names = [rest for _, rest in pairs]
+        self._labels = Labels(names, settings.path, settings.class_pattern)
+        self.classes = self._labels.classes
+
+    def __len__(self) -> int:
+        return len(self._tree.names)
+
+    def where(self, i: int) -> str:
+        return self._tree.names[i]
+
+    def split_of(self, i: int) -> str | None:
+        return self._splits[i] if self._splits is not None else None
+
+    def read(self, i: int) -> Raw:
+        image = self._settings.decode(self._tree.read(self._tree.names[i]))
+        meta = {"source": self.where(i), **self._labels.meta(i)}
+        return Raw({"png": encode_png(image), "json": meta})
+
+
+class Sprites(SourceSettings):
+    """Sheets in which each row of pixels is one whole picture (ConvNetJS' CIFAR-10)."""
+
+    kind: Literal["sprites"]
+    path: Path = Field(description="folder of the sheets")
+    pattern: str = Field("*.png", description="the sheets, taken in order of name")
+    size: tuple[int, int] = Field((32, 32), description="(height, width) of one picture")
+    labels: str | None = Field(None, description="text file in the folder, a class number a line")
+    classes: list[str] | None = None
+
+    def _sheets(self) -> list[Path]:
+        if not self.path.is_dir():
+            raise SourceError(f"{self.path}: no such folder")
+        sheets = sorted(self.path.glob(self.pattern))
+        if not sheets:
+            raise SourceError(f"{self.path}: no files match '{self.pattern}'")
+        return sheets
+
+    def open(self) -> Source:
+        from chainrule.pipeline.data.arrays import ArraySource, read_labels
+
+        arrays, where = [], []
+        height, width = self.size
+        for path in self._sheets():
+            with Image.open(path, formats=["PNG"]) as sheet:
+                rows = np.asarray(sheet.convert("RGB"))
+            if rows.shape[1] != height * width:
+                raise SourceError(
+                    f"{path}: rows of {rows.shape[1]} pixels, size {height} x {width} needs "
+                    f"{height * width}"
+                )
+            arrays.append(rows.reshape(len(rows), height, width, 3))
+            where += [f"{path.name}[{row}]" for row in range(len(rows))]
+        labels: Any = None
+        if self.labels is not None:
+            labels = read_labels(self.path / self.labels, len(where))
+        return ArraySource(np.concatenate(arrays), labels, self.classes, where=where)
+
+    def files(self) -> list[Path]:
+        return [*self._sheets(), *([self.path / self.labels] if self.labels else [])]

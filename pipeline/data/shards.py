@@ -1,0 +1,281 @@
+"""Writing shards: deterministic webdataset tars, their offsets, and `index.json`.
+
+    shard-000000.tar            members `key.ext` of one sample adjacent, in order of ext;
+                                mtime, uid, gid 0, no names, mode 0444: bytes depend on content only
+    shard-000000.offsets.npy    where each sample lies, so that sample i is one read
+    index.json                  the shards in order, train before validation, with their sha256
+    skipped.jsonl               one JSON object for each input that could not be used
+
+The offsets table is int64 (samples, 3 + 2 * members), in Fortran order so that one column
+is one contiguous read of the mapped file:
+
+    0  number of the sample's key
+    1  tokens of the sample (0 in raw shards)
+    2  crc32 of its bytes in the tar, from its first header to the end of its last member
+    3, 4, 5, 6, ...  offset and length of each member, in the order of the shard entry's
+                     "members"; -1 and 0 where the sample lacks it
+
+While shards are being made each whole one has a `shard-000000.entry.json`, written last: its
+presence is what "finished" means, so any number of workers can be killed and started again.
+`finish` gathers the entries into the index and removes them.
+"""
+
+import hashlib
+import io
+import json
+import mmap
+import os
+import re
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from chainrule.pipeline.artifact import ArtifactError, read_json, write_json
+
+FORMAT = 1
+SPLITS = ("train", "validation")
+BLOCK = 512  # bytes of a tar block and of a tar header
+NUMBER, TOKENS, CRC, MEMBERS = 0, 1, 2, 3  # columns of the offsets table
+NAME = re.compile(r"shard-\d{6}\.tar")
+EXTENSION = re.compile(r"[a-z0-9]+(\.[a-z0-9]+)*")
+OFFSETS_DTYPE = np.int64
+
+
+def key_of(number: int) -> str:
+    """The key of the sample made from input `number`: zero-padded, so that keys sort."""
+    return f"{number:08d}"
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:06d}.tar"
+
+
+def offsets_name(shard: str) -> str:
+    return shard.removesuffix(".tar") + ".offsets.npy"
+
+
+def entry_name(shard: str) -> str:
+    return shard.removesuffix(".tar") + ".entry.json"
+
+
+def encode_member(extension: str, value: Any) -> bytes:
+    """Bytes of a member: dicts as canonical JSON, arrays as .npy, str as UTF-8."""
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, str):
+        return value.encode("utf-8")
+    if isinstance(value, np.ndarray):
+        buffer = io.BytesIO()
+        np.lib.format.write_array(
+            buffer, np.ascontiguousarray(value), version=(1, 0), allow_pickle=False
+        )
+        return buffer.getvalue()
+    if isinstance(value, Mapping):
+        text = json.dumps(
+            value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False
+        )
+        return text.encode("utf-8")
+    raise TypeError(f"member '{extension}' is a {type(value).__name__}, not bytes")
+
+
+class ShardWriter:
+    """Writes shard `number` of `folder`; on a clean exit it is there, otherwise it is not.
+
+    with ShardWriter(folder, 3, "train") as shard:
+        shard.write(key_of(17), {"png": png, "json": {"label": 4}})
+        shard.skip("image", "cats/7.png", "truncated")
+    """
+
+    def __init__(self, folder: Path, number: int, split: str) -> None:
+        if split not in SPLITS:
+            raise ValueError(f"split {split!r} is none of {', '.join(SPLITS)}")
+        self.folder, self.number, self.split = folder, number, split
+        self.name = shard_name(number)
+        self._temporary = folder / f".{self.name}.tmp"
+        self._rows: list[tuple[int, int, dict[str, tuple[int, int]]]] = []
+        self._skipped: list[dict[str, Any]] = []
+        self._raw_bytes = 0
+        self._last = -1
+
+    def __enter__(self) -> "ShardWriter":
+        os.environ.setdefault("WDS_SECURE", "1")  # no `pipe:`, no pickles, also in the readers
+        from webdataset.writer import TarWriter
+
+        (self.folder / entry_name(self.name)).unlink(missing_ok=True)
+        self._file = open(self._temporary, "wb")
+        self._tar = TarWriter(
+            self._file, user="", group="", mode=0o444, mtime=0, encoder=False, compress=False
+        )
+        return self
+
+    def write(
+        self, key: str, members: Mapping[str, Any], tokens: int = 0, raw_bytes: int = 0
+    ) -> None:
+        """Append a sample. `members` maps extensions to bytes, str (UTF-8), dict (JSON) or array.
+
+        `tokens` is its number of tokens; `raw_bytes` what it counts for in the index's
+        "raw_bytes" (UTF-8 bytes of a text). Keys are numbers that rise within a shard.
+        """
+        number = int(key)
+        if key != key_of(number) or number <= self._last:
+            raise ValueError(f"{self.name}: key {key!r} after {key_of(max(self._last, 0))!r}")
+        if not members:
+            raise ValueError(f"{self.name}: sample {key} has no members")
+        self._last = number
+        encoded = {}
+        where = {}
+        position = self._tar.tarstream.offset
+        for extension in sorted(members):
+            if not EXTENSION.fullmatch(extension):
+                raise ValueError(f"{self.name}: {extension!r} is no member extension")
+            data = encode_member(extension, members[extension])
+            encoded[extension] = data
+            where[extension] = (position + BLOCK, len(data))
+            position += BLOCK + -(-len(data) // BLOCK) * BLOCK
+        self._tar.write({"__key__": key, **encoded})
+        if self._tar.tarstream.offset != position:
+            raise RuntimeError(f"{self.name}: webdataset wrote sample {key} in another layout")
+        self._rows.append((number, tokens, where))
+        self._raw_bytes += raw_bytes
+
+    def skip(self, what: str, where: str, reason: str) -> None:
+        """Note an input that could not be used."""
+        self._skipped.append({"what": what, "where": where, "reason": reason})
+
+    @property
+    def skipped(self) -> int:
+        return len(self._skipped)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is not None:
+            self._file.close()
+            self._temporary.unlink(missing_ok=True)
+            return
+        self._tar.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._publish()
+
+    def _publish(self) -> None:
+        extensions = sorted({extension for _, _, where in self._rows for extension in where})
+        table = np.zeros((len(self._rows), MEMBERS + 2 * len(extensions)), OFFSETS_DTYPE, order="F")
+        with open(self._temporary, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                for row, (number, tokens, where) in enumerate(self._rows):
+                    table[row, NUMBER] = number
+                    table[row, TOKENS] = tokens
+                    for column, extension in enumerate(extensions):
+                        place = where.get(extension, (-1, 0))
+                        table[row, MEMBERS + 2 * column : MEMBERS + 2 * column + 2] = place
+                    start, stop = span(table[row])
+                    table[row, CRC] = zlib.crc32(memoryview(data)[start:stop])
+        offsets = self.folder / offsets_name(self.name)
+        temporary = offsets.with_name(f".{offsets.name}.tmp")
+        with open(temporary, "wb") as file:
+            np.save(file, table, allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
+        entry = {
+            "name": self.name,
+            "split": self.split,
+            "samples": len(self._rows),
+            "tokens": int(table[:, TOKENS].sum()),
+            "bytes": self._temporary.stat().st_size,
+            "sha256": sha256,
+            "offsets": offsets.name,
+            "offsets_sha256": hashlib.sha256(temporary.read_bytes()).hexdigest(),
+            "members": extensions,
+            "raw_bytes": self._raw_bytes,
+            "skipped": self._skipped,
+        }
+        os.replace(temporary, offsets)
+        os.replace(self._temporary, self.folder / self.name)
+        write_json(self.folder / entry_name(self.name), entry)
+
+
+def span(row: np.ndarray) -> tuple[int, int]:
+    """Bytes [start, stop) of a sample in its tar, its first header included."""
+    offsets, lengths = row[MEMBERS::2], row[MEMBERS + 1 :: 2]
+    present = offsets >= 0
+    return int(offsets[present].min()) - BLOCK, int((offsets + lengths)[present].max())
+
+
+def finished(folder: Path, number: int) -> dict[str, Any] | None:
+    """The entry of shard `number` if an earlier attempt left it whole."""
+    path = folder / entry_name(shard_name(number))
+    if not path.is_file():
+        return None
+    entry: dict[str, Any] = read_json(path)
+    shard = folder / entry["name"]
+    if not shard.is_file() or shard.stat().st_size != entry["bytes"]:
+        return None
+    return entry if (folder / entry["offsets"]).is_file() else None
+
+
+def finish(
+    folder: Path,
+    *,
+    kind: str,
+    modality: str,
+    shards: int,
+    classes: list[str] | None = None,
+    **header: Any,
+) -> dict[str, Any]:
+    """Gather the entries of `shards` whole shards into index.json and skipped.jsonl.
+
+    `header` goes into the index as it is (vocabulary, tokenizer, grid, source, ...).
+    Returns the index. ArtifactError where a shard is missing or train does not come first.
+    """
+    index_path = folder / "index.json"
+    if not index_path.is_file():
+        entries = []
+        for number in range(shards):
+            entry = finished(folder, number)
+            if entry is None:
+                raise ArtifactError(f"{folder / shard_name(number)}: not finished; run it again")
+            entries.append(entry)
+        splits = [SPLITS.index(entry["split"]) for entry in entries]
+        if splits != sorted(splits):
+            raise ArtifactError(f"{folder}: a train shard comes after a validation shard")
+        skipped = [line for entry in entries for line in entry.pop("skipped")]
+        _write_text(
+            folder / "skipped.jsonl",
+            "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in skipped),
+        )
+        raw_bytes = dict.fromkeys(SPLITS, 0)
+        for entry in entries:
+            raw_bytes[entry["split"]] += entry.pop("raw_bytes")
+            if kind == "raw":
+                del entry["tokens"]
+        index = {
+            "format": FORMAT,
+            "kind": kind,
+            "modality": modality,
+            "classes": classes,
+            "raw_bytes": raw_bytes,
+            "skipped": len(skipped),
+            **header,
+            "shards": entries,
+        }
+        write_json(index_path, index)
+    for path in folder.glob("shard-*.entry.json"):
+        path.unlink()
+    index = read_json(index_path)
+    return dict(index)
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

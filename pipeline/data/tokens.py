@@ -1,0 +1,95 @@
+"""A split of a token artifact: sample i as an array, lengths without reading the samples."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from chainrule.pipeline.artifact import MANIFEST, ArtifactError, read_json
+from chainrule.pipeline.data.reader import OnDamage, Sample, ShardError, Shards
+from chainrule.pipeline.data.vocabulary import Vocabulary
+
+
+class TokenSet:
+    """Token arrays of one split: (h, w) for grids, (t,) for text and audio."""
+
+    def __init__(self, shards: Shards, split: str = "train") -> None:
+        if shards.index["kind"] != "tokens":
+            raise ArtifactError(
+                f"{shards.folder}: holds {shards.index['kind']} samples, not tokens; "
+                "pretokenize it first"
+            )
+        self.shards, self.split = shards, split
+        self.samples = shards.count(split)
+        if self.samples == 0:
+            raise ArtifactError(f"{shards.folder}: split '{split}' is empty")
+        index = shards.index
+        self.vocabulary = Vocabulary.model_validate(index["vocabulary"])
+        self.tokenizer_fingerprint = str(index["tokenizer"]["fingerprint"])
+        self.tokenizer_kind = str(index["tokenizer"]["kind"])
+        self.grid: tuple[int, ...] | None = tuple(index["grid"]) if index.get("grid") else None
+        self.classes = shards.classes
+        self.modality = shards.modality
+        self.raw_bytes = int(index["raw_bytes"][split])
+        self.tokens = sum(shards.entries[n]["tokens"] for n in shards.numbers(split))
+
+    @classmethod
+    def open(
+        cls, folder: str | Path, split: str = "train", on_damage: OnDamage = "stop"
+    ) -> "TokenSet":
+        """A split of the token artifact in `folder`. ArtifactError, ShardError."""
+        return cls(Shards.open(folder, on_damage), split)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the artifact that holds the set; of its index where it is a bare folder."""
+        path = self.shards.folder / MANIFEST
+        if path.is_file():
+            return str(read_json(path)["fingerprint"])
+        from chainrule.pipeline.config import digest
+
+        return digest(self.shards.index)
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sample, int64 (samples,)."""
+        return self.shards.lengths(self.split)
+
+    @property
+    def name(self) -> str:
+        return self.shards.folder.name
+
+    @property
+    def damaged(self) -> int:
+        """Samples given up so far under skip-and-count."""
+        return self.shards.damaged
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, dict[str, Any]]:
+        """(tokens, meta) of sample `i`. ShardError where it is damaged, however it was opened."""
+        sample = self.sample(i)
+        if sample is None:
+            raise ShardError(f"{self.shards.folder}: sample {i} of '{self.split}' is damaged")
+        return self.decode(sample, i), sample.meta
+
+    def sample(self, i: int) -> Sample | None:
+        """Sample `i` as stored; None where it is damaged under skip-and-count."""
+        return self.shards.read(self.split, i)
+
+    def decode(self, sample: Sample, i: int) -> np.ndarray:
+        """The token array of sample `i`; ShardError on ids that the vocabulary lacks."""
+        try:
+            tokens = sample.tokens()
+        except (KeyError, ValueError) as error:
+            raise ShardError(
+                f"{self.shards.folder}: sample {sample.key}: no token array ({error})"
+            ) from None
+        if tokens.size and int(tokens.max()) >= self.vocabulary.size:
+            raise ShardError(
+                f"{self.shards.folder}: sample {sample.key} holds token {int(tokens.max())}, the "
+                f"vocabulary has {self.vocabulary.size}; pretokenize again with its own tokenizer"
+            )
+        return tokens
