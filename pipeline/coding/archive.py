@@ -281,7 +281,7 @@ def _restore(
     if len(extra) != entry["extra"]:
         extra = unfold(extra, entry["extra"])
     places = None
-    if entry["form"] == "wav":
+    if entry["side"].get("parts") == 2:
         places = Decoder(places_stream).decode_uniform(adapter.place_sizes(items[0]))
     return adapter.join(entry["form"], items, entry["side"], extra, places)
 

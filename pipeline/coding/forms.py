@@ -48,6 +48,8 @@ class Tokenizer(Protocol):
 
     def decode(self, batch: Sequence[np.ndarray]) -> list[Any]: ...
 
+    def card(self) -> dict[str, Any]: ...
+
 
 @dataclass
 class Split:
@@ -186,16 +188,20 @@ class Adapter:
 
     def _split_wav(self, data: bytes) -> Split:
         head, samples, tail, rate = read_wav(data)
-        expected = getattr(self.tokenizer, "sample_rate", rate)
+        expected = self.tokenizer.card().get("sample_rate", rate)
         if rate != expected:
             raise NotForModel(f"{rate} Hz; the model's audio has {expected} Hz")
-        code, values, first = self._code_bins()
-        symbols = code[samples.astype(np.int64) + (1 << 15)]
-        rank = np.empty(1 << 16, dtype=np.int64)
-        rank[values + (1 << 15)] = np.arange(1 << 16)
-        places = rank[samples.astype(np.int64) + (1 << 15)] - first[symbols]
-        sizes = first[symbols + 1] - first[symbols]
-        return Split("wav", [symbols], {"head": len(head)}, head + tail, (sizes, places))
+        tokens = self.tokenizer.encode([samples])[0]
+        symbols = np.asarray(tokens, dtype=np.int64)
+        split = Split("wav", [symbols], {"head": len(head), "parts": 1}, head + tail)
+        if not np.array_equal(self.tokenizer.decode([tokens])[0], samples):
+            _, values, first = self._code_bins()
+            rank = np.empty(1 << 16, dtype=np.int64)
+            rank[values + (1 << 15)] = np.arange(1 << 16)
+            places = rank[samples.astype(np.int64) + (1 << 15)] - first[symbols]
+            split.places = (first[symbols + 1] - first[symbols], places)
+            split.side["parts"] = 2
+        return split
 
     def place_sizes(self, symbols: Symbols) -> Symbols:
         """How many sample values share each symbol (the second part of the code)."""
@@ -205,9 +211,11 @@ class Adapter:
     def _join_wav(
         self, items: list[Symbols], side: dict[str, Any], extra: bytes, places: Symbols | None
     ) -> bytes:
-        assert places is not None
-        _, values, first = self._code_bins()
-        samples = values[first[items[0]] + places].astype("<i2")
+        if places is None:
+            samples = np.asarray(self.tokenizer.decode([items[0]])[0]).astype("<i2")
+        else:
+            _, values, first = self._code_bins()
+            samples = values[first[items[0]] + places].astype("<i2")
         return extra[: side["head"]] + samples.tobytes() + extra[side["head"] :]
 
 

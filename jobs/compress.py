@@ -1,0 +1,382 @@
+"""Code files under a model, and get the same bytes back: the proof of a likelihood.
+
+    compress_files      MODEL FILE... -> one container, verified before it takes its name
+    decompress_file     the container -> the files, compared with their checksums first
+    main                the stage: the documents of a split, coded and decoded, reported
+
+What the model was not made for is stored with zstd or raw, and said so (`coding/forms.py`).
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from chainrule.jobs.sample import Source, open_source
+from chainrule.pipeline.artifact import write_json
+from chainrule.pipeline.coding import container
+from chainrule.pipeline.coding.archive import Named, Report, pack, total_ideal_bits, unpack
+from chainrule.pipeline.coding.blocks import Layout
+from chainrule.pipeline.coding.container import Container, ContainerError
+from chainrule.pipeline.coding.entropy import CodingError
+from chainrule.pipeline.coding.forms import Adapter, Symbols
+from chainrule.pipeline.config import RequestError, runtime
+from chainrule.pipeline.data.reader import Shards
+from chainrule.pipeline.stage import Input, Stage, StageFailed
+
+INPUTS = {"model": Input(("handoff",)), "data": Input(("ingest",))}
+SUFFIX = ".cr"
+
+
+class CompressError(RequestError):
+    """A file, model or container that cannot be used as asked."""
+
+
+class Config(Layout):
+    """Which documents are coded, and how sequences are cut into rows."""
+
+    split: Literal["train", "validation"] = "validation"
+    limit: int | None = Field(None, ge=1, description="samples of the split, from its first on")
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: str = runtime("auto", description="auto, cpu, cuda, cuda:1, …")
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(**{name: getattr(self, name) for name in Layout.model_fields})
+
+
+def open_adapter(source: Source) -> Adapter:
+    """How files become symbols for this model. CompressError for a model that cannot code."""
+    model, tokenizer = source.model, source.tokenizer
+    if tokenizer is None:
+        raise CompressError(
+            "the model folder carries no tokenizer, so it says nothing of files; "
+            "hand the model off together with its tokenizer"
+        )
+    with torch.inference_mode():
+        try:
+            model.cursor(1).next.pmf()
+        except TypeError as error:
+            raise CompressError(
+                f"the model has no discrete head, and only probabilities can be coded with: {error}"
+            ) from None
+    if tokenizer.modality != "image":
+        return Adapter(tokenizer)
+    grid = tuple(source.card.get("grid") or model.event_shape)
+    shape = grid if math.prod(grid) == source.elements else tuple(model.event_shape)
+
+    def to_sequence(tokens: np.ndarray) -> Symbols:
+        x = torch.from_numpy(tokens.astype(np.int64)).reshape(1, *model.event_shape)
+        sequence: Symbols = model.to_sequence(x)[0].numpy()
+        return sequence
+
+    def to_tokens(sequence: Symbols) -> np.ndarray:
+        event = model.to_event(torch.from_numpy(sequence)[None].cpu())
+        return event.numpy().reshape(shape)
+
+    image = np.asarray(tokenizer.decode([np.zeros(shape, dtype=np.int64)])[0])
+    h, w, c = image.shape
+    return Adapter(tokenizer, (h, w, c), to_sequence, to_tokens)
+
+
+def class_chooser(source: Source) -> Callable[[Symbols], int] | None:
+    """For a model with classes: the class under which an item is cheapest, by its likelihood.
+
+    Costs a teacher-forced pass a class; the class itself is in the container's header.
+    """
+    names = source.card.get("classes")
+    if not names:
+        return None
+    model, elements = source.model, source.elements
+
+    @torch.inference_mode()
+    def choose(item: Symbols) -> int:
+        head = torch.from_numpy(item[:elements])[None].to(source.device)
+        if len(item) >= elements:
+            head = model.to_event(head)
+        known = torch.arange(len(names), device=source.device)
+        nats = -model.log_prob(head.expand(len(names), *head.shape[1:]), known).sum(1)
+        return int(nats.argmin())
+
+    return choose
+
+
+# --- files -------------------------------------------------------------------------------------
+
+
+def compress_files(
+    model_folder: Path,
+    files: Sequence[Path],
+    out: Path,
+    verify: bool = True,
+    layout: Layout | None = None,
+    device: str = "auto",
+    force: bool = False,
+    report: Callable[[int], None] = lambda symbols: None,
+) -> list[Report]:
+    """Write `out`, a container of `files`; a report for each. CompressError and nothing written.
+
+    With `verify` the container is decoded, and every byte compared, before it gets its name.
+    """
+    out = Path(out)
+    if out.exists() and not force:
+        raise CompressError(f"{out}: exists; choose another name or pass --force")
+    if not out.parent.is_dir():
+        raise CompressError(f"{out.parent}: no such folder")
+    named = [(name, _read(path)) for name, path in zip(_names(files), files, strict=True)]
+    source = open_source(Path(model_folder), device)
+    adapter = open_adapter(source)
+    try:
+        header, streams, reports = pack(
+            source.model,
+            adapter,
+            named,
+            layout or Layout(),
+            class_chooser(source),
+            report,
+        )
+    except CodingError as error:
+        raise CompressError(str(error)) from None
+    header["model"] = {
+        "fingerprint": source.card["fingerprint"],
+        "folder": str(model_folder),
+    }
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        container.write(temporary, header, streams)
+        if verify:
+            verify_container(temporary, source, adapter, named, reports, report)
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return reports
+
+
+def verify_container(
+    path: Path,
+    source: Source,
+    adapter: Adapter,
+    named: Sequence[Named],
+    reports: Sequence[Report],
+    report: Callable[[int], None] = lambda symbols: None,
+) -> None:
+    """Decode the container and compare; CompressError names the file that differs."""
+    back = unpack(container.read(path), source.model, adapter, report)
+    for (name, data), (other, decoded), entry in zip(named, back, reports, strict=True):
+        # of a file that is exact in pixels, `unpack` has compared what it restored
+        if name != other or (entry.exact == "bytes" and data != decoded):
+            raise CompressError(f"{name}: does not come back as it was; nothing was written")
+
+
+def _names(files: Sequence[Path]) -> list[str]:
+    """Names under which files are stored: their last parts, as many as tell them apart."""
+    if not files:
+        raise CompressError("no files are given")
+    names = [Path(path).name for path in files]
+    if len(set(names)) == len(names):
+        return names
+    common = Path(os.path.commonpath([Path(path).resolve().parent for path in files]))
+    names = [Path(path).resolve().relative_to(common).as_posix() for path in files]
+    if len(set(names)) != len(names):
+        raise CompressError("the same file is given twice")
+    return names
+
+
+def _read(path: Path) -> bytes:
+    """A file's bytes; CompressError if it cannot be read, or changes meanwhile."""
+    try:
+        with open(path, "rb") as file:
+            before = os.fstat(file.fileno())
+            data = file.read()
+            after = os.fstat(file.fileno())
+    except OSError as error:
+        raise CompressError(f"{path}: cannot be read ({error.strerror})") from None
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns) or len(
+        data
+    ) != after.st_size:
+        raise CompressError(f"{path}: changed while it was being read; try again")
+    return data
+
+
+def decompress_file(
+    path: Path,
+    model_folder: Path | None = None,
+    out: Path | None = None,
+    device: str = "auto",
+    force: bool = False,
+    report: Callable[[int], None] = lambda symbols: None,
+) -> list[Path]:
+    """The container's files, written into the folder `out` (default: the container's own).
+
+    A container of one file may name that file itself with `out`. Nothing is written before
+    everything is decoded and compared; ContainerError or CompressError otherwise.
+    """
+    path = Path(path)
+    try:
+        packed = container.read(path)
+        needs_model = any(e["how"] == "model" for e in packed.header["files"])
+        recorded = packed.header["model"]
+        model_fingerprint, folder = recorded["fingerprint"], Path(recorded["folder"])
+        targets = _targets(packed, out, force)
+    except (KeyError, TypeError) as error:
+        raise CompressError(f"{path}: its header makes no sense ({error!r})") from None
+    except ContainerError as error:
+        raise CompressError(str(error)) from None
+    model = adapter = None
+    if needs_model:
+        folder = Path(model_folder) if model_folder is not None else folder
+        dtype = packed.header["contract"]["dtype"]
+        source = _open_same_model(path, folder, model_fingerprint, device, dtype)
+        model, adapter = source.model, open_adapter(source)
+    try:
+        files = unpack(packed, model, adapter, report)
+    except ContainerError as error:
+        raise CompressError(str(error)) from None
+    for target, (_, data) in zip(targets, files, strict=True):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        try:
+            temporary.write_bytes(data)
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return targets
+
+
+def _open_same_model(path: Path, folder: Path, fingerprint: str, device: str, dtype: str) -> Source:
+    if not (folder / "card.json").is_file():
+        raise CompressError(
+            f"{folder}: not a model folder; {path} was coded under the model "
+            f"{fingerprint[:16]}: name its folder with --model"
+        )
+    source = open_source(folder, device, dtype)
+    if source.card.get("fingerprint") != fingerprint:
+        raise CompressError(
+            f"{path}: was coded under the model {fingerprint[:16]}, "
+            f"{folder} is {str(source.card.get('fingerprint'))[:16]}"
+        )
+    return source
+
+
+def _targets(packed: Container, out: Path | None, force: bool) -> list[Path]:
+    """Where each file goes; CompressError for a name that leads elsewhere or is taken."""
+    names = [str(entry["name"]) for entry in packed.header["files"]]
+    for name in names:
+        parts = name.split("/")
+        if name.startswith("/") or "\0" in name or any(part in ("", ".", "..") for part in parts):
+            raise CompressError(f"{packed.path}: holds a file named {name!r}, which is refused")
+    folder = packed.path.parent if out is None else Path(out)
+    if out is not None and len(names) == 1 and not Path(out).is_dir():
+        targets = [Path(out)]
+    else:
+        targets = [folder / name for name in names]
+    if len(set(targets)) != len(targets):
+        raise CompressError(f"{packed.path}: holds two files of one name")
+    for target in targets:
+        if target.exists() and not force:
+            raise CompressError(f"{target}: exists; name another folder with -o or pass --force")
+    return targets
+
+
+def printed(reports: Sequence[Report], container_bytes: int) -> Iterator[str]:
+    """A line a file, and one for the whole container."""
+    for r in reports:
+        ideal = f", the model's own {r.ideal_bytes:,.1f}" if r.ideal_bytes is not None else ""
+        why = f" ({r.why})" if r.why else ""
+        exact = "" if r.exact == "bytes" else f"; comes back with the same {r.exact}, not bytes"
+        yield (
+            f"{r.name}: {r.original_bytes:,} -> {r.coded_bytes:,} bytes{ideal}, "
+            f"{r.bits_per_byte:.3f} bits a byte, {r.how}{why}{exact}"
+        )
+    coded = sum(r.coded_bytes for r in reports)
+    yield (
+        f"container: {container_bytes:,} bytes, of which {container_bytes - coded:,} are header "
+        "(names, checksums, numeric contract); the model's own bytes are not counted"
+    )
+
+
+# --- the stage -----------------------------------------------------------------------------------
+
+
+def main(config: Config, stage: Stage) -> None:
+    """Code the samples of a split, decode them, compare, and report sizes and speeds."""
+    source = open_source(stage.input("model").folder, config.device, config.dtype)
+    adapter = open_adapter(source)
+    shards = Shards.open(stage.input("data").folder)
+    samples = min(config.limit or shards.count(config.split), shards.count(config.split))
+    if samples == 0:
+        raise StageFailed(f"{shards.folder}: split '{config.split}' is empty")
+    named: list[Named] = []
+    for i in range(samples):
+        sample = shards.read(config.split, i)
+        if sample is not None:
+            suffix = next(name for name in sample.members if name != "json")
+            named.append((f"{sample.key}.{suffix}", sample.members[suffix]))
+    began = time.monotonic()
+    with stage.progress(None, "symbols coded") as progress:
+        try:
+            header, streams, reports = pack(
+                source.model, adapter, named, config.layout, class_chooser(source), progress.update
+            )
+        except CodingError as error:
+            raise StageFailed(str(error)) from None
+    encoded = time.monotonic()
+    fingerprint = source.card["fingerprint"]
+    header["model"] = {"fingerprint": fingerprint, "folder": str(stage.input("model").folder)}
+    path = stage.folder / f"{config.split}{SUFFIX}"
+    size = container.write(path, header, streams)
+    with stage.progress(None, "symbols decoded") as progress:
+        verify_container(path, source, adapter, named, reports, progress.update)
+    decoded = time.monotonic()
+    _report(config, stage, reports, size, encoded - began, decoded - encoded)
+
+
+def _report(
+    config: Config,
+    stage: Stage,
+    reports: Sequence[Report],
+    size: int,
+    encode_s: float,
+    decode_s: float,
+) -> None:
+    original = sum(r.original_bytes for r in reports)
+    modelled = [r for r in reports if r.ideal_bytes is not None]
+    original_modelled = sum(r.original_bytes for r in modelled)
+    coded = sum(r.coded_bytes for r in modelled)
+    ideal = total_ideal_bits(reports) / 8
+    summary: dict[str, Any] = {
+        "split": config.split,
+        "files": len(reports),
+        "files_by_model": len(modelled),
+        "original_bytes": original,
+        "container_bytes": size,
+        "bits_per_byte": 8 * size / max(original, 1),
+        "coded_bits_per_byte": 8 * coded / max(original_modelled, 1),
+        "ideal_bits_per_byte": 8 * ideal / max(original_modelled, 1),
+        "overhead": coded / ideal - 1 if ideal else 0.0,
+        "verified": "every file decoded and compared",
+    }
+    units = {
+        "bits_per_byte": "bits of the whole container a byte of the originals",
+        "coded_bits_per_byte": "bits of the coded streams a byte, of the files the model coded",
+        "ideal_bits_per_byte": "bits of -log2 p a byte, of the same files: the model's own claim",
+        "overhead": "coded over ideal, less one",
+    }
+    write_json(
+        stage.folder / "compression.json",
+        {**summary, "units": units, "per_file": [asdict(r) for r in reports]},
+    )
+    speeds = {
+        "encode_bytes_per_second": original / max(encode_s, 1e-9),
+        "decode_bytes_per_second": original / max(decode_s, 1e-9),
+    }
+    stage.summary.update({**summary, **speeds})
+    for i, r in enumerate(reports):
+        stage.log(i, coded_bytes=r.coded_bytes, original_bytes=r.original_bytes)

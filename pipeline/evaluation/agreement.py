@@ -1,0 +1,51 @@
+"""Do samples look like the class that was asked for? A classifier fitted on real data says.
+
+The figure is the share of samples that an SVC (RBF kernel, scikit-learn's defaults), fitted
+on the real training images, names as the class each was sampled for. Beside it stands the
+same classifier's accuracy on real images it was not fitted on: the most the first can mean.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class Agreement:
+    agreement: float
+    """Share of samples named as the class asked for, 0..1."""
+    accuracy: float
+    """Share of held-out real images named right, 0..1."""
+    by_class: dict[int, tuple[int, int]]
+    """class -> (samples named as asked, samples asked for)"""
+
+
+def classifier_agreement(
+    real: npt.NDArray[np.uint8],
+    labels: npt.NDArray[np.int64],
+    held_out: npt.NDArray[np.uint8],
+    held_out_labels: npt.NDArray[np.int64],
+    samples: npt.NDArray[np.uint8],
+    asked: npt.NDArray[np.int64],
+) -> Agreement:
+    """Images are (N, H, W, C) uint8, all of one shape; labels and `asked` (N,)."""
+    from sklearn.svm import SVC
+
+    if real.shape[1:] != samples.shape[1:]:
+        raise ValueError(f"samples of {samples.shape[1:]} against real images of {real.shape[1:]}")
+
+    def features(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
+        return images.reshape(len(images), -1) / 255.0
+
+    classifier = SVC(gamma="scale").fit(features(real), labels)
+    named = classifier.predict(features(samples))
+    by_class = {}
+    for label in np.unique(asked):
+        chosen = asked == label
+        by_class[int(label)] = (int((named[chosen] == label).sum()), int(chosen.sum()))
+    return Agreement(
+        float((named == asked).mean()),
+        float(classifier.score(features(held_out), held_out_labels)),
+        by_class,
+    )

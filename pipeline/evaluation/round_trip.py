@@ -1,0 +1,105 @@
+"""What a tokenizer gives back: encode then decode over batches of raw samples, as figures.
+
+A tokenizer is anything with `encode`, `decode` and `vocabulary` of
+`chainrule.tokenizers.interface.Tokenizer`; jobs hand one in.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from chainrule.pipeline.evaluation.figures import Figures
+from chainrule.pipeline.evaluation.reconstruction import Reconstruction, Usage
+
+SHOWN = 16
+"""Pairs in the picture."""
+
+
+def measure_images(
+    tokenizer: Any,
+    batches: Iterable[Sequence[np.ndarray]],
+    split: str,
+    figures: Figures,
+    picture: Path,
+) -> None:
+    """PSNR, SSIM, codebook usage of images; originals above reconstructions as a PNG."""
+    start, stop = tokenizer.vocabulary["ranges"]["image"]
+    pairs, usage = Reconstruction(), Usage(start, stop)
+    shown: list[np.ndarray] = []
+    tokens = pixels = 0
+    for images in batches:
+        codes = tokenizer.encode(images)
+        back = tokenizer.decode(codes)
+        pairs.add(images, back)
+        tokens += sum(code.size for code in codes)
+        pixels += sum(image.shape[0] * image.shape[1] for image in images)
+        for code in codes:
+            usage.add(code)
+        if not shown:
+            shown = [*images[:SHOWN], *back[:SHOWN]]
+    figures.put("psnr", pairs.psnr, split, "dB, peak 255; mean over images that differ at all")
+    figures.put("ssim", pairs.ssim, split, "mean structural similarity (Wang et al. 2004)")
+    figures.put("mse", pairs.mse, split, "mean squared error a value, scale 0..255")
+    figures.put("exact", pairs.exact / pairs.pairs, split, "share of images given back exactly")
+    figures.put("codebook_usage", usage.used, split, f"share of the {stop - start} codes used")
+    figures.put("codebook_perplexity", usage.perplexity, split, "exp(entropy of the codes)")
+    figures.put(
+        "code_bits_per_pixel",
+        tokens * math.log2(max(stop - start, 2)) / pixels,
+        split,
+        "bits a pixel of the codes stored plainly (a rate, not a likelihood)",
+    )
+    side_by_side(shown, picture)
+
+
+def side_by_side(images: Sequence[np.ndarray], path: Path) -> None:
+    """n originals (the first half of `images`) above their n reconstructions, as a PNG."""
+    from PIL import Image
+
+    n = len(images) // 2
+    rows = [np.concatenate(list(images[i : i + n]), axis=1) for i in (0, n)]
+    sheet = np.concatenate(rows, axis=0)
+    scale = max(1, 64 // images[0].shape[0])
+    sheet = sheet.repeat(scale, axis=0).repeat(scale, axis=1)
+    Image.fromarray(sheet[:, :, 0] if sheet.shape[2] == 1 else sheet).save(path)
+
+
+def measure_texts(
+    tokenizer: Any, batches: Iterable[Sequence[str]], split: str, figures: Figures
+) -> None:
+    """Whether texts come back exactly, and how many bytes a token stands for."""
+    start, stop = tokenizer.vocabulary["ranges"]["text"]
+    usage = Usage(start, stop)
+    tokens = size = exact = documents = 0
+    for texts in batches:
+        codes = tokenizer.encode(texts)
+        exact += sum(a == b for a, b in zip(texts, tokenizer.decode(codes), strict=True))
+        documents += len(texts)
+        tokens += sum(len(code) for code in codes)
+        size += sum(len(text.encode()) for text in texts)
+        for code in codes:
+            usage.add(code)
+    figures.put("exact", exact / documents, split, "share of documents given back exactly")
+    figures.put("bytes_per_token", size / max(tokens, 1), split, "UTF-8 bytes a token")
+    figures.put("vocabulary_usage", usage.used, split, f"share of the {stop - start} tokens used")
+
+
+def measure_audio(
+    tokenizer: Any, batches: Iterable[Sequence[np.ndarray]], split: str, figures: Figures
+) -> None:
+    """Signal to noise of what the codes keep of recordings (int16)."""
+    signal = noise = 0.0
+    exact = recordings = 0
+    for sounds in batches:
+        for sound, back in zip(sounds, tokenizer.decode(tokenizer.encode(sounds)), strict=True):
+            x = sound.astype(np.float64)
+            signal += float((x**2).sum())
+            noise += float(((x - back.astype(np.float64)) ** 2).sum())
+            exact += int(np.array_equal(sound, back))
+            recordings += 1
+    ratio = 10 * math.log10(signal / noise) if noise and signal else math.inf
+    figures.put("snr", ratio, split, "dB: power of the signal over that of what was lost")
+    figures.put("exact", exact / recordings, split, "share of recordings given back exactly")
