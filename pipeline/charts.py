@@ -186,8 +186,8 @@ def bar_chart(
             _text("bar-value", left + width + 8, y + 16, number(value)),
         ]
     return (
-        f'<figure class="chart"><figcaption>{escape(title)} <small>({escape(unit)}; shorter is '
-        f"better)</small></figcaption>"
+        f'<figure class="chart"><figcaption>{escape(title)} <small>({escape(unit)})'
+        "</small></figcaption>"
         f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">'
         f"{''.join(parts)}</svg></figure>"
     )

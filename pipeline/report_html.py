@@ -16,6 +16,8 @@ UNITS = {
     "bits_per_byte": "bits/byte",
     "bits_per_token": "bits/token",
     "bits_per_character": "bits/character",
+    "nats_per_token": "nats/token",
+    "nats_per_element": "nats/element",
     "nats": "nats",
     "loss": "nats/token",
     "psnr": "dB",

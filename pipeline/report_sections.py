@@ -22,29 +22,32 @@ from chainrule.pipeline.report_stages import StageView, size_of
 SKIPPED_SHOWN = 20
 CODECS = ("gzip", "bzip2", "xz", "zstd", "brotli", "ppmd")
 VALIDATION = re.compile(r"(^|_|\.)val(idation)?(_|\.|$)")
-GUESS = re.compile(r"context_free|unigram")
-LIKELIHOODS = ("bits_per_byte", "bits_per_dim", "bits_per_token", "nats", "perplexity")
+GUESS = re.compile(r"(context_free|unigram)(?!.*perplexity)")
+LIKELIHOODS = ("bits_per_byte", "bits_per_dim", "nats_per_token", "nats_per_element", "nats")
 
 
 # --- figures at the top -------------------------------------------------------------------
 
 
 def tiles(stages: list[StageView]) -> str:
-    """One tile for the first likelihood of each evaluation, and what it stands beside."""
+    """What each evaluation found first of all, with what it stands beside."""
     tiles = []
     for stage in of_jobs(stages, "evaluate"):
-        found = flat(stage.json("evaluation.json") or {})
-        key = _headline(found)
-        if key is None:
-            continue
-        codecs = codec_rates(found)
-        note = ""
-        if codecs and "bits_per_byte" in key:
-            best = min(codecs, key=lambda name: codecs[name])
-            note = f"best of the codecs: {best} {number(codecs[best])}"
-        elif (guess := context_free(found)) is not None:
-            note = f"best context-free guess: {number(guess)}"
-        tiles.append(_tile(stage.name, f"{number(found[key])} {unit_of(key)}", note or words(key)))
+        found = numbers(stage)
+        key = headline(found)
+        if key is not None:
+            codecs = codec_rates(found)
+            guess = context_free(found)
+            note = words(key)
+            if codecs and key == "bits_per_byte":
+                best = min(codecs, key=lambda name: codecs[name])
+                note = f"best of the codecs: {best}, {number(codecs[best])}"
+            elif guess is not None:
+                note = f"best context-free guess: {number(guess)}"
+            tiles.append(_tile(stage.name, f"{number(found[key])} {unit_of(key)}", note))
+        if "classifier_agreement" in found:
+            share = f"{100 * found['classifier_agreement']:.4g} %"
+            tiles.append(_tile(stage.name, share, "of the samples are named as what was asked for"))
     for stage in of_jobs(stages, "sample"):
         count = stage.metrics.get("samples")
         if is_number(count):
@@ -59,29 +62,32 @@ def _tile(what: str, figure: str, note: str) -> str:
     )
 
 
-def _headline(found: dict[str, Any]) -> str | None:
-    for name in LIKELIHOODS:
-        for key, value in found.items():
-            ours = name in key and not any(c in key for c in CODECS) and "context_free" not in key
-            if ours and is_number(value):
-                return key
-    return None
+def numbers(stage: StageView) -> dict[str, float]:
+    """The figures of an evaluation, its notes on split and unit left out."""
+    found = flat(stage.json("evaluation.json") or {})
+    return {key: float(value) for key, value in found.items() if is_number(value)}
 
 
-def codec_rates(found: dict[str, Any]) -> dict[str, float]:
-    """Bits per byte of each general-purpose codec that an evaluation names."""
+def headline(found: dict[str, float]) -> str | None:
+    """The likelihood that says most, by name."""
+    return next((name for name in LIKELIHOODS if name in found), None)
+
+
+def codec_rates(found: dict[str, float]) -> dict[str, float]:
+    """Bits per byte of each general-purpose codec on the same bytes."""
     rates = {}
     for codec in CODECS:
-        for key, value in found.items():
-            named = re.search(rf"(^|[_.]){codec}($|[_.])", key) and "bits_per_byte" in key
-            if named and is_number(value):
-                rates[codec] = float(value)
-                break
+        for key, label in (
+            (f"{codec}_bits_per_byte", codec),
+            (f"{codec}_joined_bits_per_byte", f"{codec}, files joined"),
+        ):
+            if key in found:
+                rates[label] = found[key]
     return rates
 
 
 def context_free(found: dict[str, Any]) -> float | None:
-    """The likelihood of the best guess that ignores context, where it is among the figures."""
+    """Nats per token of the best guess that ignores context, where it is among the figures."""
     for key, value in found.items():
         if GUESS.search(key) and is_number(value):
             return float(value)
@@ -92,46 +98,58 @@ def context_free(found: dict[str, Any]) -> float | None:
 
 
 def likelihoods(stages: list[StageView]) -> str:
-    """Each evaluation as a table with units; beside codecs on the same bytes where it has them."""
+    """Each evaluation: beside codecs and by class where it has them, and all its figures."""
     cards = []
     for stage in of_jobs(stages, "evaluate"):
-        found = flat(stage.json("evaluation.json") or {})
+        found = numbers(stage)
         if not found:
             continue
-        split = str(found.get("split") or "")
-        note = f" <small>{escape(split)} split</small>" if split else ""
-        rows = "".join(
-            f"<tr><td>{escape(words(key))}</td><td class='n'>{escape(_figure(value))}</td>"
-            f"<td>{escape(unit_of(key))}</td></tr>"
-            for key, value in found.items()
-            if is_number(value)
-        )
-        table = (
-            "<table><thead><tr><th>figure</th><th class='n'>value</th><th>unit</th></tr></thead>"
-            f"<tbody>{rows}</tbody></table>"
-        )
+        said = flat(stage.json("evaluation.json") or {})
+        main = {key: value for key, value in found.items() if ".class." not in key}
+        by_class = {key: value for key, value in found.items() if ".class." in key}
+        charts = _beside_codecs(found) + _by_class(by_class)
+        shown = "".join(picture(path, words(path.stem)) for path in pictures(stage))
+        more = ""
+        if by_class:
+            more = f"<details><summary>by class</summary>{_figures(by_class, said)}</details>"
         cards.append(
-            f'<div class="card scroll"><h3>{escape(stage.name)}{note}</h3>'
-            f"{_beside_codecs(found)}{table}</div>"
+            f'<div class="card scroll"><h3>{escape(stage.name)}</h3>'
+            f'<div class="grid">{charts}{shown}</div>{_figures(main, said)}{more}</div>'
         )
-        cards += [
-            f'<div class="card">{picture(path, words(path.stem))}</div>' for path in pictures(stage)
-        ]
-    return f'<div class="grid">{"".join(cards)}</div>' if cards else ""
+    return "".join(cards)
 
 
-def _figure(value: float) -> str:
-    return number(value) if value == value and abs(value) != float("inf") else str(value)
+def _figures(found: dict[str, float], said: dict[str, Any]) -> str:
+    """A table: figure, value, split, and what exactly is counted."""
+    default = str(said.get("split") or "")
+    rows = "".join(
+        f"<tr><td>{escape(words(key))}</td><td class='n'>{escape(number(value))}</td>"
+        f"<td>{escape(str(said.get(f'{key}.split') or default))}</td>"
+        f"<td class='what'>{escape(str(said.get(f'{key}.unit') or unit_of(key)))}</td></tr>"
+        for key, value in found.items()
+    )
+    heads = "<th>figure</th><th class='n'>value</th><th>split</th><th>unit</th>"
+    return f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
 
 
-def _beside_codecs(found: dict[str, Any]) -> str:
+def _beside_codecs(found: dict[str, float]) -> str:
     codecs = codec_rates(found)
-    key = _headline(found)
-    if not codecs or key is None or "bits_per_byte" not in key:
+    if not codecs or "bits_per_byte" not in found:
         return ""
-    bars = {"this model": float(found[key]), **codecs}
+    bars = {"this model": found["bits_per_byte"], **codecs}
     ordered = dict(sorted(bars.items(), key=lambda item: item[1]))
-    return bar_chart("Held-out text", ordered, "bits per byte", emphasis=("this model",))
+    return bar_chart(
+        "Held-out text", ordered, "bits per byte; shorter is better", emphasis=("this model",)
+    )
+
+
+def _by_class(found: dict[str, float]) -> str:
+    """How often a classifier names what was asked for, a bar a class."""
+    start = "classifier_agreement.class."
+    bars = {k.removeprefix(start): 100 * v for k, v in found.items() if k.startswith(start)}
+    return bar_chart(
+        "Samples named as the class asked for", bars, "% of each class", emphasis=tuple(bars)
+    )
 
 
 # --- learning curves ----------------------------------------------------------------------

@@ -142,6 +142,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     stage = runs.begin("code_evaluation", "evaluate", inputs)
     figures = {"split": "validation", "bits_per_byte": 2.11, "perplexity": 29.9}
     figures |= {"gzip_bits_per_byte": 2.43, "bzip2_bits_per_byte": 2.31, "xz_bits_per_byte": 2.29}
+    figures |= {"bits_per_byte.split": "validation", "bits_per_byte.unit": "bits a UTF-8 byte"}
+    figures |= {"classifier_agreement": 0.93, "classifier_agreement.class.one": 0.9}
     artifact.write_json(stage.folder / "evaluation.json", figures)
     runs.publish(stage, inputs)
 
@@ -197,7 +199,9 @@ def test_a_likelihood_stands_beside_the_codecs(page: str) -> None:
     assert bars is not None
     labels = re.findall(r'class="bar-label"[^>]*>([^<]+)<', bars[0])
     assert labels == ["this model", "xz", "bzip2", "gzip"]  # best first
-    assert "best of the codecs: xz 2.29" in page
+    assert "best of the codecs: xz, 2.29" in page
+    assert "<td>validation</td><td class='what'>bits a UTF-8 byte</td>" in page
+    assert "93 %" in page
 
 
 def test_text_from_data_is_escaped(page: str) -> None:
