@@ -1,0 +1,367 @@
+"""Decoder-only Transformers: GPT-2 and 3, LLaMA 1 to 3, Mistral, Falcon, ImageGPT.
+
+    input 0 is the start symbol (a learned vector, the class, or a BOS token); input t is x_{t-1}
+    output t is p(x_t | x_<t), through causal self-attention
+    with packed documents, each has a start symbol of its own and sees no other: its
+    likelihood is what it would be alone
+
+Differences between families are named settings (decoder_config.py). Linear layers that read
+the same features are one matrix: q, k, v; SwiGLU's gate and up.
+
+Legend: B batch, T elements, D width, H heads, K key/value heads, d width of a head,
+F width of the MLP, P numbers a conditional.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from chainrule.pipeline.models.contract import Autoregressive, Conditional, Cursor
+from chainrule.pipeline.models.decoder_config import PRESETS, DecoderConfig
+from chainrule.pipeline.models.heads import projection
+from chainrule.pipeline.models.inputs import ClassEmbedding, check_condition, check_elements
+from chainrule.pipeline.models.kv_cache import DecoderCursor
+from chainrule.pipeline.models.orderings import inverse
+
+__all__ = ["FAMILIES", "PRESETS", "Decoder", "DecoderConfig"]
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer, q_BHTd, k_BKTd, v_BKTd) -> BHTd: attention over what the caller lets be seen."""
+
+
+class RMSNorm(nn.Module):
+    """Root mean square layer normalisation (Zhang & Sennrich 2019, equation 4)."""
+
+    def __init__(self, width: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
+
+
+def _norm(config: DecoderConfig) -> nn.Module:
+    if config.norm == "layernorm":
+        return nn.LayerNorm(config.width, eps=config.norm_epsilon)
+    return RMSNorm(config.width, config.norm_epsilon)
+
+
+def rope_table(config: DecoderConfig, device: torch.device) -> Tensor:
+    """(2, T, d/2) float32: cosines and sines of rotary position embedding.
+
+    Su et al. 2021, section 3.2.2; halves are rotated against each other, as in LLaMA's
+    published weights for `transformers`. Scaling: LLaMA 3.1's reference code, `apply_scaling`.
+    """
+    half = torch.arange(0, config.head_width, 2, dtype=torch.float32, device=device)
+    frequency = config.rope_base ** -(half / config.head_width)
+    scaling = config.rope_scaling
+    if scaling is not None:
+        waves = scaling.original_context * frequency / (2 * math.pi)  # in the original context
+        low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+        keep = ((waves - low) / (high - low)).clamp(0, 1)
+        frequency = keep * frequency + (1 - keep) * frequency / scaling.factor
+    angle = torch.outer(torch.arange(config.context, device=device).float(), frequency)
+    return torch.stack([angle.cos(), angle.sin()])
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Turn x (B, T, heads, d) by the angles of its positions, `rope` (2, T, 1, d/2)."""
+    cos, sin = rope[0], rope[1]
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, with fewer key/value heads where the config says so
+    (Vaswani et al. 2017, section 3.2; Ainslie et al. 2023, section 2.2)."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.heads, self.kv_heads = config.heads, config.kv_heads
+        self.head_width = config.head_width
+        inner = config.heads * config.head_width
+        self.qkv = nn.Linear(
+            config.width, inner + 2 * config.kv_heads * config.head_width, bias=config.bias
+        )
+        self.output = nn.Linear(inner, config.width, bias=config.bias)
+
+    def forward(self, x_BTD: Tensor, rope: Tensor | None, attend: Attend) -> Tensor:
+        batch, length, _ = x_BTD.shape
+        qkv = self.qkv(x_BTD).view(batch, length, -1, self.head_width)
+        if rope is None:
+            q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+        else:
+            qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
+            q, k = rotate(qk, rope).split([self.heads, self.kv_heads], dim=2)
+        y_BHTd = attend(self.layer, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        y: Tensor = self.output(y_BHTd.transpose(1, 2).reshape(batch, length, -1))
+        return y
+
+
+class MLP(nn.Module):
+    """Two layers with a GELU between, or SwiGLU (Shazeer 2020, equation 6)."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.activation = config.activation
+        inner = config.mlp_width * (2 if config.activation == "swiglu" else 1)
+        self.input = nn.Linear(config.width, inner, bias=config.bias)
+        self.output = nn.Linear(config.mlp_width, config.width, bias=config.bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        h = self.input(x_BTD)
+        if self.activation == "swiglu":
+            gate, up = h.chunk(2, dim=-1)
+            h = F.silu(gate) * up
+        elif self.activation == "quick-gelu":
+            h = h * torch.sigmoid(1.702 * h)
+        else:
+            h = F.gelu(h, approximate="tanh" if self.activation == "gelu-tanh" else "none")
+        y: Tensor = self.output(h)
+        return y
+
+
+class Block(nn.Module):
+    """One layer: attention then MLP, or both from the same input (Falcon)."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.parallel = config.block != "sequential"
+        self.attention_norm = _norm(config)
+        self.attention = Attention(config, layer)
+        self.mlp_norm = _norm(config) if config.block != "parallel" else None
+        self.mlp = MLP(config)
+
+    def forward(
+        self, x_BTD: Tensor, rope: Tensor | None, attend: Attend, dropout: float = 0.0
+    ) -> Tensor:
+        normed = self.attention_norm(x_BTD)
+        attended = _drop(self.attention(normed, rope, attend), dropout)
+        if self.parallel:
+            if self.mlp_norm is not None:
+                normed = self.mlp_norm(x_BTD)
+            return x_BTD + attended + _drop(self.mlp(normed), dropout)
+        x_BTD = x_BTD + attended
+        assert self.mlp_norm is not None
+        return x_BTD + _drop(self.mlp(self.mlp_norm(x_BTD)), dropout)
+
+
+def _drop(x: Tensor, rate: float) -> Tensor:
+    return F.dropout(x, rate) if rate else x
+
+
+def visible(
+    length: int, window: int | None, documents: Tensor | None, device: torch.device
+) -> Tensor | None:
+    """Which input may look at which: (T, T) or (B, 1, T, T) bool, None for plain causality."""
+    windowed = window is not None and window < length
+    if documents is None and not windowed:
+        return None
+    mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    if windowed:
+        assert window is not None
+        mask = mask.triu(1 - window)
+    if documents is not None:
+        mask = mask & (documents.unsqueeze(2) == documents.unsqueeze(1))
+        mask = mask.unsqueeze(1)
+    return mask
+
+
+class Decoder(Autoregressive):
+    """See the head of this file. Elements are token ids, or floats for a density head."""
+
+    config: DecoderConfig
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.event_shape = config.event_shape
+        self.activation_checkpointing = False
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        if config.vocabulary_size is not None:
+            self.embedding: nn.Module = nn.Embedding(config.vocabulary_size, config.width)
+        else:
+            self.embedding = nn.Linear(1, config.width)
+        if config.position == "learned":
+            self.positions = nn.Parameter(torch.empty(config.context, config.width))
+        if config.classes is not None:
+            self.class_embedding = ClassEmbedding(
+                config.classes, config.width, config.class_dropout
+            )
+        elif config.bos is None:
+            self.start = nn.Parameter(torch.empty(config.width))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        self.final_norm = _norm(config)
+        self.head = projection(
+            config.head,
+            config.width,
+            config.vocabulary_size,
+            bias=config.head.kind != "categorical",
+        )
+        self._initialise()
+        if config.tied_embeddings:
+            self.head.weight = self.embedding.weight
+
+        with torch.device("cpu"):  # also where the weights are being made on "meta"
+            order = config.ordering.indices(config.event_shape)
+            steps = inverse(order)
+        self._reordered = bool((order[1:] < order[:-1]).any())
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("steps", steps, persistent=False)
+        self._rope: Tensor | None = None
+
+    def _initialise(self) -> None:
+        """GPT-2's: N(0, 0.02), what is added to the residual stream by 1/sqrt(2 layers) less
+        (Radford et al. 2019, section 2.3)."""
+        for name, parameter in self.named_parameters():
+            if name.startswith(("head.", "class_embedding.")):
+                continue
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() == 2 or name == "start":
+                residual = name.endswith("output.weight")
+                std = 0.02 / math.sqrt(2 * self.config.layers) if residual else 0.02
+                nn.init.normal_(parameter, std=std)
+        if self.config.vocabulary_size is None:
+            # One number has to fill the whole width: as wide as a table's row would be, it
+            # would drown in what is added to it.
+            nn.init.normal_(self.embedding.weight)  # type: ignore[arg-type]
+
+    def conditionals(
+        self, x: Tensor, cond: Tensor | None = None, documents: Tensor | None = None
+    ) -> Conditional:
+        """As the contract says. `documents` (B, T) integers: elements of one document have
+        one number and stand together; documents neither see nor shift each other."""
+        hidden = self._hidden(x, cond, documents)[-1]
+        return self.config.head.conditional(self.head(hidden), self.config.vocabulary_size)
+
+    def log_prob(
+        self, x: Tensor, cond: Tensor | None = None, documents: Tensor | None = None
+    ) -> Tensor:
+        return self.conditionals(x, cond, documents).log_prob(self.to_sequence(x))
+
+    def features(self, x: Tensor, cond: Tensor | None = None) -> list[Tensor]:
+        """Layers + 1 tensors (B, T, D): the embedded inputs, then what each block makes of
+        them, the last one normalised. Feature t has seen x_<t only."""
+        return self._hidden(x, cond, None, keep=True)
+
+    def cursor(self, batch: int, cond: Tensor | None = None) -> Cursor:
+        check_condition(cond, self.config.classes, batch)
+        return DecoderCursor(self, batch, cond)
+
+    def to_sequence(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        return x[:, self.order] if self._reordered else x
+
+    def to_event(self, sequence: Tensor) -> Tensor:
+        if self._reordered:
+            sequence = sequence[:, self.steps]
+        return sequence.reshape(sequence.shape[0], *self.event_shape)
+
+    def _hidden(
+        self, x: Tensor, cond: Tensor | None, documents: Tensor | None, keep: bool = False
+    ) -> list[Tensor]:
+        """The last hidden states, or with `keep` all of them."""
+        config = self.config
+        # Part of an event can be told from a whole one only where it comes first.
+        check_elements(x, self.event_shape, config.vocabulary_size, shorter=not self._reordered)
+        check_condition(cond, config.classes, len(x))
+        if documents is not None and documents.shape != x.shape:
+            raise ValueError(
+                f"documents has shape {tuple(documents.shape)}: x has {tuple(x.shape)}"
+            )
+        sequence = self.to_sequence(x)
+        batch, length = sequence.shape
+        if documents is not None:
+            documents = self.to_sequence(documents)
+        dropout = config.dropout if self.training else 0.0
+
+        start = self.start_vector(cond, batch, training=self.training)
+        h = self.embed(sequence[:, :-1])
+        h = torch.cat([start.to(h.dtype).unsqueeze(1), h], dim=1)[:, :length]
+        positions: slice | Tensor = slice(0, length)
+        if documents is not None:
+            first = torch.ones_like(documents, dtype=torch.bool)
+            first[:, 1:] = documents[:, 1:] != documents[:, :-1]
+            h = torch.where(first.unsqueeze(-1), start.to(h.dtype).unsqueeze(1), h)
+            # Every document counts from 0. (RoPE knows differences only.)
+            steps = torch.arange(length, device=x.device).expand(batch, -1)
+            positions = steps - torch.where(first, steps, 0).cummax(dim=1).values
+        if config.position == "learned":
+            h = h + self.positions[positions]
+        h = _drop(h, dropout)
+
+        rope = self.rope(0, length, h)
+        attend = _full_attention(visible(length, config.window, documents, x.device), dropout)
+        kept = [h] if keep else []
+        for block in self.blocks:
+            if self.activation_checkpointing and self.training:
+                h = checkpoint(block, h, rope, attend, dropout, use_reentrant=False)
+            else:
+                h = block(h, rope, attend, dropout)
+            if keep:
+                kept.append(h)
+        h = self.final_norm(h)
+        return [*kept[:-1], h]
+
+    def start_vector(self, cond: Tensor | None, batch: int, training: bool = False) -> Tensor:
+        """What stands before the first element, (B, D)."""
+        config = self.config
+        if config.bos is not None:
+            return self.embedding.weight[config.bos].expand(batch, -1)  # type: ignore[index,operator]
+        if config.classes is None:
+            return self.start.expand(batch, -1)
+        if training:
+            embedded: Tensor = self.class_embedding(cond, batch)
+            return embedded
+        table = self.class_embedding.table
+        if cond is None:
+            cond = torch.full((batch,), -1, device=table.weight.device)
+        return table(torch.where(cond < 0, config.classes, cond.long()).to(table.weight.device))
+
+    def embed(self, elements: Tensor) -> Tensor:
+        """Elements (B, t) to (B, t, D), without positions."""
+        if self.config.vocabulary_size is None:
+            elements = elements.unsqueeze(-1).to(self.embedding.weight.dtype)  # type: ignore[arg-type]
+        embedded: Tensor = self.embedding(elements)
+        return embedded
+
+    def rope(self, first: int, end: int, like: Tensor) -> Tensor | None:
+        """Angles of positions first..end-1, (2, t, 1, d/2); computed in float32 whatever the
+        model's dtype is (which is why the table is no buffer), rounded last."""
+        if self.config.position != "rope":
+            return None
+        if self._rope is None or self._rope.device != like.device:
+            self._rope = rope_table(self.config, like.device)
+        kind = like.device.type
+        cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
+        return self._rope[:, first:end].unsqueeze(2).to(cast)
+
+
+def _full_attention(mask: Tensor | None, dropout: float) -> Attend:
+    """Attention of all inputs at once, for training and scoring."""
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None,
+            dropout_p=dropout,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+
+    return attend
+
+
+FAMILIES: dict[str, tuple[type[DecoderConfig], type[Decoder]]] = {
+    family: (DecoderConfig, Decoder)
+    for family in ("gpt2", "llama", "mistral", "falcon", "imagegpt")
+}

@@ -1,0 +1,210 @@
+"""Generation with a Transformer: keys and values of what is known are kept, so that an element
+costs one pass over the weights, however long the event is.
+
+The cache is allocated once: 2 * L * B * K * slots * d numbers, slots = min(T, window). With a
+window it is a ring: the input at position p lies in slot p mod window, over the one that has
+just left the window. Slots further on than the position are never read, so that `rewind` only
+moves the position; where a ring has already lost what is needed, the inputs are fed again
+(as few as decide the window: L windows of them).
+
+Legend as in decoder.py.
+"""
+
+import itertools
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from chainrule.pipeline.models.contract import Conditional
+from chainrule.pipeline.models.cursors import CachedCursor
+
+if TYPE_CHECKING:
+    from chainrule.pipeline.models.decoder import Decoder
+
+LARGEST_FEED = 1024
+"""Inputs fed at once: bounds the memory that attention takes for a long prompt."""
+
+
+class KVCache:
+    """Keys and values of every layer, (L, B, K, slots, d) each."""
+
+    def __init__(
+        self,
+        layers: int,
+        batch: int,
+        kv_heads: int,
+        slots: int,
+        head_width: int,
+        ring: bool,
+        like: Tensor,
+    ) -> None:
+        shape = (layers, batch, kv_heads, slots, head_width)
+        self.keys = torch.empty(shape, dtype=like.dtype, device=like.device)
+        self.values = torch.empty_like(self.keys)
+        self.slots = slots
+        self.ring = ring
+        self.oldest = 0
+        """First position that was fed: 0, or later in a ring that had to be fed again."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+    def attend(self, layer: int, first: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Inputs at positions first.. look at themselves and at what is kept; then they are
+        kept too. q (B, H, t, d), k and v (B, K, t, d) -> (B, H, t, d)."""
+        keys, values = self.keys[layer], self.values[layer]
+        length = k.shape[2]
+        if not self.ring or length == 1:
+            slot = first % self.slots if self.ring else first
+            keys[:, :, slot : slot + length] = k
+            values[:, :, slot : slot + length] = v
+            held = min(first + length, self.slots)
+            k, v = keys[:, :, :held], values[:, :, :held]
+            return grouped_attention(q, k, v, self._causal(held, length, q.device))
+        oldest = max(self.oldest, first - self.slots + 1)
+        order = self._slots_of(oldest, first)
+        old = len(order)
+        k_all = torch.cat([keys[:, :, order], k], dim=2)
+        v_all = torch.cat([values[:, :, order], v], dim=2)
+        mask = self._causal(old + length, length, q.device)
+        if mask is not None:
+            mask = mask & mask.new_ones(mask.shape).triu(old + 1 - self.slots)
+        kept = min(length, self.slots)
+        order = self._slots_of(first + length - kept, first + length)
+        keys[:, :, order] = k[:, :, length - kept :]
+        values[:, :, order] = v[:, :, length - kept :]
+        return grouped_attention(q, k_all, v_all, mask)
+
+    def _slots_of(self, first: int, end: int) -> Tensor:
+        return torch.arange(first, end, device=self.keys.device) % self.slots
+
+    @staticmethod
+    def _causal(held: int, length: int, device: torch.device) -> Tensor | None:
+        """(t, held) bool: the last `length` of `held` positions see those up to themselves."""
+        if length == 1:
+            return None
+        return torch.ones(length, held, dtype=torch.bool, device=device).tril(held - length)
+
+
+def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v with H/K queries to a key, without repeating the keys.
+
+    q (B, H, t, d), k and v (B, K, n, d), mask (t, n) bool. A step of decoding is two
+    matrix-vector products a head: written out, they cost less than the general kernel.
+    """
+    batch, heads, length, width = q.shape
+    kv_heads = k.shape[1]
+    q = (q * width**-0.5).reshape(batch, kv_heads, -1, width)
+    scores = q @ k.transpose(-1, -2)
+    if mask is not None:
+        scores = scores.view(batch, heads, length, -1).masked_fill(~mask, -torch.inf)
+        scores = scores.view(batch, kv_heads, -1, k.shape[2])
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype)
+    return (weights @ v).view(batch, heads, length, width)
+
+
+class DecoderCursor(CachedCursor):
+    """Elements known so far and the cache of their keys and values."""
+
+    def __init__(self, model: "Decoder", batch: int, cond: Tensor | None) -> None:
+        config = model.config
+        super().__init__(
+            batch,
+            config.context,
+            config.vocabulary_size,
+            lambda parameters: config.head.conditional(parameters, config.vocabulary_size),
+        )
+        self.model = model
+        weight = model.head.weight
+        window = config.window
+        self.cache = KVCache(
+            config.layers,
+            batch,
+            config.kv_heads,
+            min(config.context, window or config.context),
+            config.head_width,
+            window is not None and window < config.context,
+            like=weight,
+        )
+        discrete = config.vocabulary_size is not None
+        self.elements = torch.zeros(
+            batch,
+            config.context,
+            dtype=torch.long if discrete else torch.float32,
+            device=weight.device,
+        )
+        self.fed = 0
+        """Inputs whose keys and values are kept: the start symbol and elements 0..fed-2."""
+        self._stale = False
+        with torch.no_grad():
+            self.start = model.start_vector(cond, batch).unsqueeze(1)
+        self._start()
+
+    @property
+    def nbytes(self) -> int:
+        return self.cache.nbytes
+
+    def _write(self, first: int, x: Tensor) -> None:
+        self.elements[:, first : first + x.shape[1]] = x
+
+    def _predict(self, first: int, end: int) -> Tensor:
+        begin = min(first, self.fed)  # earlier only where a ring has to be fed again
+        if end - begin <= LARGEST_FEED:
+            return self._feed(begin, end)[:, first - begin :]
+        cuts = [*range(begin, end, LARGEST_FEED), end]
+        parts = [self._feed(a, b) for a, b in itertools.pairwise(cuts)]
+        return torch.cat(parts, dim=1)[:, first - begin :]
+
+    def _feed(self, first: int, end: int) -> Tensor:
+        """Inputs first..end-1 through the model; the numbers of their conditionals."""
+        model = self.model
+        h = model.embed(self.elements[:, max(first - 1, 0) : end - 1])
+        if first == 0:
+            h = torch.cat([self.start.to(h.dtype), h], dim=1)
+        if model.config.position == "learned":
+            h = h + model.positions[first:end]
+        rope = model.rope(first, end, h)
+        cache = self.cache
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return cache.attend(layer, first, q, k, v)
+
+        for block in model.blocks:
+            h = block(h, rope, attend)
+        self.fed = end
+        parameters: Tensor = model.head(model.final_norm(h))
+        return parameters
+
+    @property
+    def next(self) -> Conditional:
+        if self._stale:
+            with torch.no_grad():
+                self._next = self._predict(self.position, self.position + 1)[:, -1]
+            self._stale = False
+        return super().next
+
+    def advance(self, x: Tensor) -> Conditional:
+        conditional = super().advance(x)
+        self._stale = self._stale and not x.shape[1]
+        return conditional
+
+    @torch.no_grad()
+    def rewind(self, n: int) -> None:
+        if not 0 <= n <= self.position:
+            raise ValueError(f"n is {n}: {self.position} elements can be forgotten")
+        if n == 0:
+            return
+        self.position -= n
+        # The inputs' keys are kept; the prediction is made again when it is asked for, since
+        # whoever rewinds mostly goes on at once with another element.
+        self._stale = True
+        window = self.cache.slots
+        lost = self.fed - window
+        self.fed = min(self.fed, self.position + 1)
+        if self.cache.ring and lost > max(0, self.position + 1 - window):
+            # A key of layer l depends on the inputs of l windows.
+            reach = self.model.config.layers * (window - 1)
+            self.cache.oldest = max(0, self.position - reach)
+            self.fed = self.cache.oldest
