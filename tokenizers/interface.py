@@ -6,14 +6,17 @@ or `sentencepiece.model`. The fingerprint is a hash of what decides encode and d
 (settings and weights), so an altered file is refused when it is loaded.
 """
 
+import hashlib
 import importlib
 import json
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydantic
 
 # kind -> module whose `Tokenizer` subclass is named by LOADERS[kind][1]
 LOADERS: dict[str, tuple[str, str]] = {
@@ -32,6 +35,12 @@ class TokenizerError(ValueError):
     """A tokenizer folder, or data handed to a tokenizer, that cannot be used."""
 
 
+class TokenizerSettings(pydantic.BaseModel):
+    """Base of every kind's settings: strict and immutable, in the card as they are."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
 class Tokenizer(ABC):
     """Encodes batches of raw samples to integer arrays, and back.
 
@@ -39,7 +48,8 @@ class Tokenizer(ABC):
     - image: uint8 arrays (H, W, C), C = 1 or 3
     - text: str
     - audio: int16 arrays (T,), mono, at `card()["sample_rate"]`
-    Token arrays: (h, w) for images, (t,) for text and audio, of the vocabulary's dtype.
+    Token arrays: (h, w) for images, (3, h, w) for the pixels of RGB images, (t,) for text
+    and audio; of the smallest unsigned dtype that holds the vocabulary.
     """
 
     kind: str
@@ -75,6 +85,57 @@ class Tokenizer(ABC):
     @abstractmethod
     def load(cls, folder: Path, device: str = "cpu") -> "Tokenizer":
         """Read a folder that `save` wrote. TokenizerError if it was altered."""
+
+
+def fingerprint_of(settings: Mapping[str, Any], weights: Mapping[str, Any]) -> str:
+    """sha256 over settings (canonical JSON) and weights (bytes, or arrays by name and shape)."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, allow_nan=False).encode())
+    for name in sorted(weights):
+        value = weights[name]
+        if isinstance(value, bytes):
+            head, body = f"{name} bytes {len(value)}", value
+        else:
+            array = np.ascontiguousarray(value)
+            head, body = f"{name} {array.dtype.str} {array.shape}", array.tobytes()
+        digest.update(head.encode())
+        digest.update(body)
+    return digest.hexdigest()
+
+
+def require_fingerprint(folder: Path, card: Mapping[str, Any], found: str) -> None:
+    """TokenizerError where what was read does not have the fingerprint that its card states."""
+    stated = str(card.get("fingerprint"))
+    if stated != found:
+        raise TokenizerError(
+            f"{folder}: altered: card.json states fingerprint {stated[:16]}, "
+            f"its settings and weights have {found[:16]}; train the tokenizer again"
+        )
+
+
+def check_ids(tokens: np.ndarray, size: int) -> np.ndarray:
+    """`tokens` as int64; TokenizerError on an id outside [0, size) or a float."""
+    tokens = np.asarray(tokens)
+    if tokens.dtype.kind not in "iu":
+        raise TokenizerError(f"tokens are {tokens.dtype}, not integers")
+    if tokens.size and (int(tokens.min()) < 0 or int(tokens.max()) >= size):
+        wrong = tokens[(tokens < 0) | (tokens >= size)].flat[0]
+        raise TokenizerError(f"token {wrong} lies outside the vocabulary [0, {size})")
+    return tokens.astype(np.int64)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all (temporary file, fsync, rename)."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_card(folder: Path, card: Mapping[str, Any]) -> None:
+    """`card.json`, written last by every `save`: its presence says that the folder is whole."""
+    write_whole(folder / "card.json", (json.dumps(card, indent=1, allow_nan=False) + "\n").encode())
 
 
 def read_card(folder: Path) -> dict[str, Any]:

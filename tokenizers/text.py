@@ -1,0 +1,214 @@
+"""Text as SentencePiece tokens: BPE or unigram, byte fallback, lossless.
+
+With identity normalisation (the default) decode(encode(x)) == x for every string that
+has a UTF-8 form. SentencePiece itself would turn U+2581, its mark for a space, into a
+space; that one character is written as its three byte tokens instead.
+
+Ids: those of the SentencePiece model, then `bos` and `eos`. Newlines are ordinary
+characters of the training text, so pieces such as ":\\n" are learned.
+
+Kudo and Richardson, "SentencePiece" (2018); Sennrich et al. 2016 (BPE); Kudo 2018 (unigram).
+"""
+
+import io
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, field_validator
+
+from chainrule.tokenizers.interface import (
+    Tokenizer,
+    TokenizerError,
+    TokenizerSettings,
+    check_ids,
+    fingerprint_of,
+    read_card,
+    require_fingerprint,
+    write_card,
+    write_whole,
+)
+from chainrule.tokenizers.utf8 import to_utf8
+
+MODEL = "sentencepiece.model"
+SPACE = "\u2581"
+TRAINING_THREADS = 16
+"""Fixed: the unigram vocabulary depends on it (not on the cores that are there)."""
+SENTENCE_CHARACTERS = 4000
+"""Training text is handed over in parts of at most so many characters."""
+
+
+class SentencePieceSettings(TokenizerSettings):
+    kind: Literal["sentencepiece"] = "sentencepiece"
+    model: Literal["bpe", "unigram"] = "bpe"
+    vocabulary_size: int = Field(8192, ge=260, description="ids of the model, bos and eos not in")
+    normalization: Literal["identity", "nfkc"] = "identity"
+    character_coverage: float = Field(
+        0.9995, gt=0, le=1, description="share of characters with a piece of their own"
+    )
+    max_piece_length: int = Field(16, ge=1, description="characters")
+    user_symbols: tuple[str, ...] = Field((), description="strings that always are one token")
+    sample_bytes: int = Field(
+        20_000_000, ge=1, description="UTF-8 bytes of whole training documents, drawn by the seed"
+    )
+
+    @field_validator("user_symbols")
+    @classmethod
+    def _symbols_are_plain(cls, symbols: tuple[str, ...]) -> tuple[str, ...]:
+        for symbol in symbols:
+            if not symbol or SPACE in symbol or symbols.count(symbol) > 1:
+                raise ValueError(f"user symbol {symbol!r} is empty, doubled or holds U+2581")
+        return symbols
+
+
+class SentencePieceTokenizer(Tokenizer):
+    kind = "sentencepiece"
+    modality = "text"
+
+    def __init__(
+        self,
+        settings: SentencePieceSettings,
+        model: bytes,
+        facts: dict[str, Any] | None = None,
+        threads: int | None = None,
+    ) -> None:
+        """`model`: a serialised SentencePiece model. `threads`: for encoding; all cores if None."""
+        from sentencepiece import SentencePieceProcessor
+
+        self.settings = settings
+        self.model = model
+        self.facts = dict(facts or {})
+        self.threads = threads or len(os.sched_getaffinity(0))
+        try:
+            self._processor: Any = SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise TokenizerError(f"not a SentencePiece model ({str(error)[:80]})") from None
+        self.pieces: int = self._processor.get_piece_size()
+        self._space = [self._processor.piece_to_id(f"<0x{b:02X}>") for b in SPACE.encode()]
+
+    @classmethod
+    def train(
+        cls, settings: SentencePieceSettings, documents: Iterable[str]
+    ) -> "SentencePieceTokenizer":
+        """Learn a vocabulary; a function of settings and documents alone."""
+        from sentencepiece import SentencePieceTrainer
+
+        model = io.BytesIO()
+        try:
+            SentencePieceTrainer.train(
+                sentence_iterator=_parts(documents),
+                model_writer=model,
+                model_type=settings.model,
+                vocab_size=settings.vocabulary_size,
+                character_coverage=settings.character_coverage,
+                max_sentencepiece_length=settings.max_piece_length,
+                user_defined_symbols=list(settings.user_symbols),
+                normalization_rule_name=settings.normalization,
+                remove_extra_whitespaces=False,
+                add_dummy_prefix=False,
+                allow_whitespace_only_pieces=True,
+                byte_fallback=True,
+                unk_id=0,
+                unk_surface="\ufffd",
+                bos_id=-1,
+                eos_id=-1,
+                pad_id=-1,
+                num_threads=TRAINING_THREADS,
+                max_sentence_length=8 * SENTENCE_CHARACTERS,
+                train_extremely_large_corpus=settings.sample_bytes > 1 << 30,
+                minloglevel=2,
+            )
+        except RuntimeError as error:
+            raise TokenizerError(
+                f"SentencePiece cannot learn {settings.vocabulary_size} pieces from this text: "
+                f"{str(error).splitlines()[0][-200:]}"
+            ) from None
+        return cls(settings, model.getvalue())
+
+    @property
+    def vocabulary(self) -> dict[str, Any]:
+        n = self.pieces
+        return {
+            "size": n + 2,
+            "ranges": {"text": [0, n], "specials": [n, n + 2]},
+            "specials": {"bos": n, "eos": n + 1},
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint_of({"kind": self.kind}, {"model": self.model})
+
+    def encode(self, batch: Sequence[str]) -> list[np.ndarray]:
+        dtype = np.min_scalar_type(self.pieces + 1)
+        plain = [i for i, text in enumerate(batch) if SPACE not in text]
+        try:
+            ids = self._processor.encode([batch[i] for i in plain], num_threads=self.threads)
+        except UnicodeEncodeError:
+            for text in batch:
+                to_utf8(text)  # raises, naming the place
+            raise
+        encoded: list[Any] = [None] * len(batch)
+        for i, tokens in zip(plain, ids, strict=True):
+            encoded[i] = np.array(tokens, dtype=dtype)
+        for i, text in enumerate(batch):
+            if encoded[i] is None:
+                encoded[i] = np.array(self._encode_with_space(text), dtype=dtype)
+        return encoded
+
+    def _encode_with_space(self, text: str) -> list[int]:
+        to_utf8(text)
+        parts = self._processor.encode(text.split(SPACE), num_threads=self.threads)
+        tokens: list[int] = list(parts[0])
+        for part in parts[1:]:
+            tokens += self._space
+            tokens += part
+        return tokens
+
+    def decode(self, batch: Sequence[np.ndarray]) -> list[str]:
+        texts = []
+        for tokens in batch:
+            ids = check_ids(tokens, self.pieces + 2)
+            texts.append(self._processor.decode(ids[ids < self.pieces].tolist()))
+        return texts
+
+    def card(self) -> dict[str, Any]:
+        return {
+            "kind": self.kind,
+            "format": 1,
+            "modality": self.modality,
+            "vocabulary": self.vocabulary,
+            "settings": self.settings.model_dump(mode="json"),
+            **self.facts,
+            "fingerprint": self.fingerprint,
+        }
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / MODEL, self.model)
+        write_card(folder, self.card())
+
+    @classmethod
+    def load(cls, folder: Path, device: str = "cpu") -> "SentencePieceTokenizer":
+        card = read_card(folder)
+        try:
+            settings = SentencePieceSettings.model_validate(card.get("settings"))
+            model = (folder / MODEL).read_bytes()
+        except FileNotFoundError:
+            raise TokenizerError(f"{folder}: no {MODEL}") from None
+        except ValueError:
+            raise TokenizerError(
+                f"{folder / 'card.json'}: settings are not those of sentencepiece"
+            ) from None
+        # before the model is parsed: nothing altered reaches SentencePiece's C++
+        require_fingerprint(folder, card, fingerprint_of({"kind": cls.kind}, {"model": model}))
+        known = {"kind", "format", "modality", "vocabulary", "settings", "fingerprint"}
+        return cls(settings, model, {key: card[key] for key in card if key not in known})
+
+
+def _parts(documents: Iterable[str]) -> Iterator[str]:
+    for text in documents:
+        text = text.replace("\0", "")  # SentencePiece's trainer skips a sentence with NUL
+        for start in range(0, len(text), SENTENCE_CHARACTERS):
+            yield text[start : start + SENTENCE_CHARACTERS]
