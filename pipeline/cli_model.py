@@ -43,7 +43,7 @@ def settings(job: str, values: dict[str, Any], overrides: list[str] | None) -> A
     try:
         return config.model_validate(merged)
     except pydantic.ValidationError as error:
-        raise RequestError("; ".join(m for _, m in explain(error, config))) from None
+        raise RequestError("; ".join(m for _, m in explain(error, config, merged))) from None
 
 
 def stage_for(job: str, folder: Path, inputs: dict[str, Path | None]) -> Stage:

@@ -8,6 +8,7 @@ what it configures. A field made with :func:`runtime` does not change a result
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -88,15 +89,21 @@ def nearest(word: str, known: Iterator[str] | list[str]) -> str:
     return f"; known: {', '.join(sorted(known))}" if known else ""
 
 
-def explain(error: pydantic.ValidationError, model: type[BaseModel]) -> list[tuple[tuple, str]]:
-    """Each fault of a validation as (location, one line that names key, fault and remedy)."""
+def explain(
+    error: pydantic.ValidationError, model: type[BaseModel], value: Any = None
+) -> list[tuple[tuple, str]]:
+    """Each fault of validating `value` as (location, one line: key, fault and remedy)."""
     faults = []
     for fault in error.errors(include_url=False):
-        location = tuple(fault["loc"])
+        location = _keys_in(value, fault["loc"])
         dotted = ".".join(str(part) for part in location)
         if fault["type"] == "extra_forbidden":
-            known = _fields_at(model, location[:-1])
+            known = _fields_at(model, tuple(fault["loc"][:-1]))
             faults.append((location, f"unknown key '{dotted}'{nearest(str(location[-1]), known)}"))
+        elif fault["type"] == "union_tag_invalid":
+            tags = re.findall(r"'([^']*)'", fault["ctx"]["expected_tags"])
+            key, tag = fault["ctx"]["discriminator"].strip("'"), fault["ctx"]["tag"]
+            faults.append((location, f"unknown {dotted}.{key} '{tag}'{nearest(tag, tags)}"))
         elif fault["type"] == "missing":
             faults.append((location, f"'{dotted}' is missing"))
         else:
@@ -107,6 +114,23 @@ def explain(error: pydantic.ValidationError, model: type[BaseModel]) -> list[tup
     return faults
 
 
+def _keys_in(value: Any, location: tuple) -> tuple:
+    """The parts of a location that are keys of `value`: pydantic adds the tags of unions."""
+    if value is None:
+        return tuple(location)
+    keys = []
+    for i, part in enumerate(location):
+        last = i == len(location) - 1
+        if isinstance(value, dict) and (part in value or last):
+            value = value.get(part)
+        elif isinstance(value, list) and isinstance(part, int) and part < len(value):
+            value = value[part]
+        elif not last or keys:
+            continue
+        keys.append(part)
+    return tuple(keys)
+
+
 def _fields_at(model: type[BaseModel], path: tuple) -> list[str]:
     """Names of the fields of the settings class that lies at `path` inside `model`."""
     candidates: list[type[BaseModel]] = [model]
@@ -115,8 +139,16 @@ def _fields_at(model: type[BaseModel], path: tuple) -> list[str]:
         for candidate in candidates:
             if part in candidate.model_fields:
                 deeper += list(_models_in(candidate.model_fields[part].annotation))
-        candidates = deeper or candidates
+        tagged = [c for c in candidates if _is_tagged(c, part)]
+        candidates = deeper or tagged or candidates
     return [name for candidate in candidates for name in candidate.model_fields]
+
+
+def _is_tagged(model: type[BaseModel], tag: Any) -> bool:
+    """Whether a member of a union of settings is the one that `kind: tag` chooses."""
+    return any(
+        tag in getattr(field.annotation, "__args__", ()) for field in model.model_fields.values()
+    )
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:

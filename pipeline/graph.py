@@ -385,7 +385,7 @@ class _Document:
         try:
             return model.model_validate(value)
         except pydantic.ValidationError as error:
-            location, message = explain(error, model)[0]
+            location, message = explain(error, model, value)[0]
             known = list(model.model_fields) + list(extra)
             if len(location) == 1 and message.startswith("unknown key"):
                 message = f"unknown key '{location[0]}'{nearest(str(location[0]), known)}"
