@@ -10,10 +10,10 @@ import pydantic
 import torch
 
 from chainrule.pipeline.config import Settings, explain, nearest
-from chainrule.pipeline.models import decoder, gated_pixelcnn, made, pixelcnn
+from chainrule.pipeline.models import decoder, gated_pixelcnn, made, pixelcnn, pixelcnnpp, wavenet
 from chainrule.pipeline.models.contract import Autoregressive
 
-_FILES = (decoder, pixelcnn, gated_pixelcnn, made)
+_FILES = (decoder, pixelcnn, gated_pixelcnn, pixelcnnpp, wavenet, made)
 
 FAMILIES: dict[str, tuple[type[Settings], type[Autoregressive]]] = {}
 PRESETS: dict[str, dict[str, Any]] = {}
