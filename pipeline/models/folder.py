@@ -1,0 +1,152 @@
+"""A model as a folder: `weights.safetensors` and `card.json`, nothing else needed.
+
+The card says what the model is (`family`, `model`: its whole config) and whatever its maker
+adds (vocabulary, tokenizer, lineage, validation figures). Its `fingerprint` is a hash of the
+config and the weights: a folder that was altered is refused.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from chainrule.pipeline.artifact import ArtifactError, read_json, sha256_file, write_json
+from chainrule.pipeline.config import digest
+from chainrule.pipeline.models.contract import Autoregressive
+from chainrule.pipeline.models.registry import build
+
+FORMAT = 1
+WEIGHTS = "weights.safetensors"
+CARD = "card.json"
+
+
+def save(model: Autoregressive, folder: str | Path, card: dict[str, Any]) -> dict[str, Any]:
+    """Write the model into `folder` (made if missing) and return the whole card.
+
+    `card` holds what the model does not know itself; keys of the model's own are refused.
+    The card is written last: a folder without one is no model.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CARD).unlink(missing_ok=True)
+    temporary = folder / f".{WEIGHTS}.{os.getpid()}.tmp"
+    save_file(weights_of(model), temporary)
+    os.replace(temporary, folder / WEIGHTS)
+    config = model.config.model_dump(mode="json")
+    own = {
+        "kind": "model",
+        "format": FORMAT,
+        "family": config["family"],
+        "model": config,
+        "event_shape": list(model.event_shape),
+        "fingerprint": _fingerprint(config, folder),
+    }
+    if taken := own.keys() & card.keys():
+        raise ValueError(f"card: {', '.join(sorted(taken))} are written by save itself")
+    card = {**own, **card}
+    write_json(folder / CARD, card)
+    return card
+
+
+def load(
+    folder: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> Autoregressive:
+    """The model in `folder`, in eval mode: one that `save` wrote, or a `transformers` folder of
+    GPT-2, LLaMA, Mistral, Falcon or ImageGPT.
+
+    `dtype` defaults to that of the stored weights. ArtifactError where the folder is not a
+    model, was altered, or is of a version or family that is not known here.
+    """
+    folder = Path(folder)
+    if not (folder / CARD).is_file():
+        if (folder / "config.json").is_file():
+            from chainrule.pipeline.models.transformers_format import from_transformers
+
+            return from_transformers(folder, device, dtype)
+        what = f"has no {CARD}: not a model folder" if folder.is_dir() else "no such folder"
+        raise ArtifactError(f"{folder}: {what}")
+    card = read_card(folder)
+    found = _fingerprint(card["model"], folder)
+    if found != card["fingerprint"]:
+        raise ArtifactError(
+            f"{folder}: altered: config and weights have fingerprint {found[:16]}, "
+            f"{CARD} says {card['fingerprint'][:16]}; take a fresh copy"
+        )
+    try:
+        model = build(card["model"])
+    except ValueError as error:
+        raise ArtifactError(f"{folder / CARD}: {error}") from None
+    place_weights(model, read_weights(folder / WEIGHTS), folder / WEIGHTS, dtype)
+    return model.to(device).eval()
+
+
+def read_card(folder: str | Path) -> dict[str, Any]:
+    """The card of a model folder, checked for kind and format; ArtifactError."""
+    path = Path(folder) / CARD
+    if not path.is_file():
+        raise ArtifactError(f"{folder}: has no {CARD}: not a model folder")
+    card: dict[str, Any] = read_json(path)
+    if not isinstance(card, dict) or card.get("kind") != "model":
+        kind = card.get("kind") if isinstance(card, dict) else None
+        raise ArtifactError(f"{path}: kind {kind!r}, a model's card was wanted")
+    if card.get("format") != FORMAT:
+        raise ArtifactError(f"{path}: format {card.get('format')!r}, this version reads {FORMAT}")
+    for key in ("model", "fingerprint"):
+        if key not in card:
+            raise ArtifactError(f"{path}: has no '{key}'; the file was altered or cut")
+    return card
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a model on the CPU; a tensor under two names (tied embeddings) once."""
+    kept: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            kept[name] = tensor.detach().cpu().contiguous()
+    return kept
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """A safetensors file; ArtifactError names one that is missing or damaged."""
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise ArtifactError(f"{path}: no such file") from None
+    except SafetensorError as error:
+        raise ArtifactError(f"{path}: not a whole safetensors file ({error})") from None
+
+
+def place_weights(
+    model: nn.Module, weights: dict[str, Tensor], source: Path, dtype: torch.dtype | None
+) -> None:
+    """Put `weights` into `model`, all of them and nothing else; ArtifactError names the first
+    tensor that does not fit. The model takes `dtype`, or that of the weights."""
+    wanted = weights_of(model)
+    for name in sorted(wanted.keys() | weights.keys()):
+        if name not in weights:
+            raise ArtifactError(f"{source}: has no tensor '{name}'")
+        if name not in wanted:
+            raise ArtifactError(f"{source}: tensor '{name}' has no place in the model")
+        if weights[name].shape != wanted[name].shape:
+            raise ArtifactError(
+                f"{source}: tensor '{name}' has shape {tuple(weights[name].shape)}, "
+                f"the config asks for {tuple(wanted[name].shape)}"
+            )
+    if dtype is None:
+        dtype = next((t.dtype for t in weights.values() if t.is_floating_point()), None)
+    if dtype is not None:
+        model.to(dtype)
+    model.load_state_dict(weights, strict=False)  # tied names are missing, rightly
+
+
+def _fingerprint(config: dict[str, Any], folder: Path) -> str:
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise ArtifactError(f"{path}: no such file")
+    return digest({"model": config, "weights": sha256_file(path)})
