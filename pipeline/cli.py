@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from chainrule.pipeline import launch
+from chainrule.pipeline import heartbeat, launch, slurm_job
 from chainrule.pipeline.config import RequestError
 from chainrule.pipeline.stage import StageFailed, StageInterrupted
 
@@ -102,9 +102,63 @@ def stage(
     from chainrule.pipeline.graph import load_pipeline
 
     launch.die_with_parent()
+    slurm_job.require_seen()
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # a job that can save more sets its own
+        signal.signal(number, _interrupt_stage)
+    heartbeat.watch_if_asked(launch.REQUEUE)
     pipeline = load_pipeline(config, overrides, runs)
     launch.Selection(only=(name,)).stages(pipeline)
+    if slurm_job.restarted() and str(pipeline.state(name)[0]) == "fresh":
+        launch.say(f"{name}: the attempt before published it; nothing is left to do")
+        return
     launch.run_here(pipeline, name, launch.Rank.from_environment())
+
+
+def _interrupt_stage(number: int, frame: Any) -> None:
+    raise StageInterrupted(f"{signal.Signals(number).name}: what is whole is kept")
+
+
+@app.command()
+def submit(
+    config: ConfigArgument,
+    profile: Annotated[
+        str | None, typer.Option(help="A cluster: a name under slurm/profiles/, or a YAML file.")
+    ] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Just this stage.")] = None,
+    start: Annotated[
+        list[str] | None, typer.Option("--from", help="This stage and those that hang on it.")
+    ] = None,
+    until: Annotated[
+        list[str] | None, typer.Option(help="This stage and those that it hangs on.")
+    ] = None,
+    force: Annotated[
+        list[str] | None, typer.Option(help="Do this stage again though it is fresh.")
+    ] = None,
+    overrides: SetOption = None,
+    runs: RunsOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the exact sbatch lines and queue nothing.")
+    ] = False,
+) -> None:
+    """Queue on Slurm what is not fresh, in order, and return."""
+    from chainrule.pipeline import slurm
+    from chainrule.pipeline.graph import load_pipeline, stage_jobs
+    from chainrule.pipeline.submit import shell, submit as queue
+
+    pipeline = load_pipeline(config, overrides, runs)
+    cluster = slurm.load_profile(profile, stage_jobs())
+    selection = launch.Selection(
+        tuple(only or ()), tuple(start or ()), tuple(until or ()), tuple(force or ())
+    )
+    for decision in queue(pipeline, cluster, selection, dry_run=dry_run):
+        if decision.line is None:
+            launch.say(f"keep  {decision.stage}  {decision.reason}")
+        elif dry_run:
+            launch.say(f"queue {decision.stage}  {decision.reason}")
+            typer.echo(shell(decision))
+        else:
+            after = f", after {', '.join(decision.after)}" if decision.after else ""
+            launch.say(f"queue {decision.stage}  {decision.reason}: job {decision.job}{after}")
 
 
 @app.command()
@@ -173,6 +227,8 @@ def main() -> None:
     code = _main()
     sys.stdout.flush()
     sys.stderr.flush()
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # else the exit code may yet be lost
+        signal.signal(number, signal.SIG_IGN)
     # Nothing is left to do, and engines may abort the interpreter while it is torn down.
     os._exit(code)
 

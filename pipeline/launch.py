@@ -27,7 +27,7 @@ from typing import Any
 
 import yaml
 
-from chainrule.pipeline import artifact
+from chainrule.pipeline import artifact, fence, slurm_job
 from chainrule.pipeline.artifact import ATTEMPT, Artifact, partial_folder, read_json, write_json
 from chainrule.pipeline.config import RequestError
 from chainrule.pipeline.graph import Pipeline, StageSpec, State
@@ -94,11 +94,13 @@ def run_here(pipeline: Pipeline, name: str, rank: Rank | None = None) -> None:
     attempt_id = os.environ.get(ATTEMPT_VARIABLE) or uuid.uuid4().hex
     with ExitStack() as stack:
         if rank.rank == 0:
-            stack.enter_context(artifact.lock(folder))
+            slurm_job.note_attempt(pipeline, name)
+            stack.enter_context(fence.hold(folder))
             artifact.recover(folder)
             attempt = _prepare(pipeline, spec, attempt_id)
         else:
             attempt = _wait_for_prepare(folder, attempt_id)
+            stack.enter_context(fence.watched(folder))
         stage = Stage(
             name=name,
             pipeline=pipeline.name,

@@ -13,6 +13,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from chainrule.pipeline.heartbeat import beat
+
 LINE_EVERY_S = 10.0
 
 
@@ -64,6 +66,7 @@ class Progress:
             self._line()
 
     def update(self, n: int = 1, **shown: float | int | str) -> None:
+        beat()
         self.done += n
         if self.silent:
             return

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from chainrule.pipeline.artifact import Artifact, ArtifactError
+from chainrule.pipeline.heartbeat import beat
 from chainrule.pipeline.progress import Progress
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ class Stage:
 
     def log(self, step: int, **scalars: float | int | str) -> None:
         """One line of `metrics.jsonl`, and MLflow's metrics at `step`. Rank 0 only."""
+        beat()
         if not self.is_main:
             return
         record: dict[str, Any] = {"step": step}

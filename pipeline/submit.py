@@ -1,0 +1,246 @@
+"""`chainrule submit`: queue on Slurm what is not fresh, and remember what was queued.
+
+    runs/<pipeline>/.slurm/<stage>.json            the last job of a stage, and its sbatch line
+    runs/<pipeline>/.slurm/<stage>.attempts.jsonl  one line an attempt, written by the job
+    runs/<pipeline>/.slurm/<stage>-<job>.log       what the job said, all attempts
+    runs/<pipeline>/.slurm/configs/<hash>/x.yaml   the pipeline file as it was submitted
+    runs/<pipeline>/.slurm/seen                    by which a job knows that it sees this folder
+
+A stage waits for the jobs of its inputs (`afterok`); one whose input failed is cancelled by
+Slurm (`--kill-on-invalid-dep`). A stage that is queued or running already is not queued again.
+"""
+
+import contextlib
+import fcntl
+import shlex
+import socket
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from chainrule.pipeline import artifact, slurm
+from chainrule.pipeline.artifact import read_json, write_json
+from chainrule.pipeline.config import RequestError, digest
+from chainrule.pipeline.graph import Pipeline, State
+from chainrule.pipeline.launch import Selection
+from chainrule.pipeline.slurm import Job, Profile
+from chainrule.pipeline.slurm_job import RESTARTS_VARIABLE, SEEN, SEEN_VARIABLE, slurm_folder
+
+
+@dataclass
+class Decision:
+    """What `submit` does with one stage, and why."""
+
+    stage: str
+    reason: str
+    line: list[str] | None = None
+    """The sbatch command; None where nothing is queued."""
+    job: str | None = None
+    """The job that makes the stage: the one queued now, or before."""
+    after: list[str] = field(default_factory=list)
+    """Stages it waits for."""
+
+
+def record_of(pipeline: Pipeline, stage: str) -> dict[str, Any] | None:
+    """What `submit` wrote when it last queued the stage."""
+    path = slurm_folder(pipeline) / f"{stage}.json"
+    return read_json(path) if path.is_file() else None
+
+
+def submit(
+    pipeline: Pipeline,
+    profile: Profile,
+    selection: Selection | None = None,
+    *,
+    dry_run: bool = False,
+) -> list[Decision]:
+    """Queue every selected stage that is neither fresh nor queued; RequestError if one cannot be.
+
+    Where Slurm refuses a job, those queued just before by this call are cancelled again.
+    With `dry_run` nothing is written or queued.
+    """
+    names = (selection or Selection()).stages(pipeline)
+    if dry_run:
+        return _decide(pipeline, profile, names, selection, {})
+    slurm.require_slurm()
+    folder = slurm_folder(pipeline)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder / "submit.lock"):
+        records = {name: record_of(pipeline, name) for name in pipeline.stages}
+        ids = [record["job"] for record in records.values() if record]
+        jobs = {job.id: job for job in slurm.jobs_of(ids).values() if job.alive}
+        alive = {name: jobs[r["job"]] for name, r in records.items() if r and r["job"] in jobs}
+        decisions = _decide(pipeline, profile, names, selection, alive)
+        _write_seen(folder)
+        _write_config(pipeline)
+        _queue(pipeline, decisions)
+    return decisions
+
+
+def _decide(
+    pipeline: Pipeline,
+    profile: Profile,
+    names: list[str],
+    selection: Selection | None,
+    alive: dict[str, Job],
+) -> list[Decision]:
+    decisions: list[Decision] = []
+    waiting = {name: job.id for name, job in alive.items()}
+    forced = selection.force if selection else ()
+    for name in names:
+        state, reason = pipeline.state(name)
+        if name in alive:
+            _require_same_settings(pipeline, name, alive[name])
+            said = f"{alive[name].state.lower()} as job {alive[name].id}"
+            decisions.append(Decision(name, said, job=alive[name].id))
+            continue
+        if state is State.FRESH and name not in forced:
+            decisions.append(Decision(name, f"fresh: {reason}"))
+            continue
+        if state is State.RUNNING:
+            raise artifact.StageLocked(f"stage '{name}' is running, not as a job: {reason}")
+        after = _inputs_to_wait_for(pipeline, name, waiting)
+        waiting[name] = f"${{{name}}}"  # its id, once it is queued
+        line = stage_line(pipeline, name, profile, [waiting[source] for source in after])
+        decisions.append(Decision(name, f"{state}: {reason}", line, after=after))
+    return decisions
+
+
+def _require_same_settings(pipeline: Pipeline, name: str, job: Job) -> None:
+    record = record_of(pipeline, name) or {}
+    if record.get("fingerprint") != pipeline.fingerprint(name):
+        raise RequestError(
+            f"stage '{name}' is {job.state.lower()} as job {job.id} under other settings; "
+            f"let it end, or scancel {job.id} first"
+        )
+
+
+def _inputs_to_wait_for(pipeline: Pipeline, name: str, waiting: dict[str, str]) -> list[str]:
+    after = []
+    for source in dict.fromkeys(pipeline.stages[name].upstream()):
+        if source in waiting:
+            after.append(source)
+            continue
+        state, reason = pipeline.state(source)
+        if state is not State.FRESH:
+            raise RequestError(
+                f"stage '{name}' needs '{source}', which is {state} ({reason}) and not queued; "
+                "submit it too: leave out --only/--from"
+            )
+    return after
+
+
+def stage_line(
+    pipeline: Pipeline, name: str, profile: Profile, after: list[str], array: str | None = None
+) -> list[str]:
+    """The exact `sbatch` command of a stage that waits for the jobs `after`."""
+    spec = pipeline.stages[name]
+    script = slurm.scripts_folder() / f"{spec.job}.sbatch"
+    if not script.is_file():
+        raise RequestError(f"{script}: no batch script for job '{spec.job}' (stage '{name}')")
+    folder = slurm_folder(pipeline)
+    arguments = [str(_config_copy(pipeline)), name, "--runs", str(pipeline.runs.absolute())]
+    for override in pipeline.overrides:
+        arguments += ["--set", override]
+    return slurm.sbatch_line(
+        script,
+        arguments,
+        spec.resources,
+        profile.of(spec.job),
+        name=f"{pipeline.name}.{name}",
+        folder=Path.cwd(),
+        log=folder / (f"{name}-%A_%a.log" if array else f"{name}-%j.log"),
+        signal_before_s=profile.signal_before_s,
+        environment=_environment(pipeline, profile),
+        after=after,
+        array=array,
+    )
+
+
+def _environment(pipeline: Pipeline, profile: Profile) -> dict[str, str]:
+    values = {
+        "CHAINRULE_HOME": str(slurm.scripts_folder().parent),
+        SEEN_VARIABLE: str(slurm_folder(pipeline) / SEEN),
+        RESTARTS_VARIABLE: str(profile.restarts_without_progress),
+    }
+    if profile.hang_after_s is not None:
+        values["CHAINRULE_HANG_AFTER_S"] = str(profile.hang_after_s)
+    if profile.scratch is not None:
+        values["CHAINRULE_SCRATCH"] = profile.scratch
+    if profile.mlflow is not None:
+        values["MLFLOW_TRACKING_URI"] = profile.mlflow
+    values |= profile.environment
+    for key, value in values.items():
+        if "," in value:
+            raise RequestError(f"{key}={value}: sbatch --export cannot carry a comma; see env.sh")
+    return values
+
+
+def _queue(pipeline: Pipeline, decisions: list[Decision]) -> None:
+    ids = {d.stage: d.job for d in decisions if d.job is not None}
+    queued: list[str] = []
+    try:
+        for decision in decisions:
+            if decision.line is None:
+                continue
+            line = [_filled(word, ids) for word in decision.line]
+            job = slurm.submit_line(line)
+            queued.append(job)
+            ids[decision.stage] = decision.job = job
+            decision.line = line
+            record = {
+                "job": job,
+                "fingerprint": pipeline.fingerprint(decision.stage),
+                "log": str(slurm_folder(pipeline) / f"{decision.stage}-{job}.log"),
+                "submitted": artifact.now(),
+                "host": socket.gethostname(),
+                "line": line,
+            }
+            write_json(slurm_folder(pipeline) / f"{decision.stage}.json", record)
+    except RequestError:
+        if queued:
+            slurm.cancel(queued)
+        raise
+
+
+def _filled(word: str, ids: dict[str, str]) -> str:
+    if word.startswith("--dependency="):
+        for stage, job in ids.items():
+            word = word.replace(f"${{{stage}}}", job)
+    return word
+
+
+def shell(decision: Decision) -> str:
+    """The command of a decision as a line of shell that keeps the job's id in a variable."""
+    words = [
+        f'"{word}"' if word.startswith("--dependency=") else shlex.quote(word)
+        for word in decision.line or []
+    ]
+    return f"{decision.stage}=$({' '.join(words)})"
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """One submission at a time: the second waits and then finds everything queued."""
+    with open(path, "a") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
+
+
+def _config_copy(pipeline: Pipeline) -> Path:
+    """Where the pipeline file as submitted is kept: jobs must not see later edits."""
+    content = pipeline.path.read_text()
+    return slurm_folder(pipeline) / "configs" / digest(content)[:12] / pipeline.path.name
+
+
+def _write_config(pipeline: Pipeline) -> None:
+    copy = _config_copy(pipeline)
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    copy.write_text(pipeline.path.read_text())
+
+
+def _write_seen(folder: Path) -> None:
+    if not (folder / SEEN).is_file():
+        (folder / SEEN).write_text(uuid.uuid4().hex + "\n")

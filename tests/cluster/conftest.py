@@ -1,0 +1,259 @@
+"""A real Slurm on this machine: two nodes, preemption, short timers, count-only GPUs.
+
+Started in a folder with a short path (munge's socket must stay under 108 bytes), as root or
+not, and taken down by process id. Tests skip with a reason where Slurm is missing, and fail
+there instead if CHAINRULE_CLUSTER=required (which is what continuous integration says).
+"""
+
+import getpass
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+TOP = Path(__file__).parents[2]
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
+NODES = ("127.0.0.1", "127.0.0.2")  # names that resolve without /etc/hosts
+
+SLURM_CONF = """
+ClusterName=lab
+SlurmctldHost=localhost(127.0.0.1)
+SlurmctldPort={port}
+SrunPortRange={srun_first}-{srun_last}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+CredType=cred/munge
+AuthInfo=socket={top}/run/munge.sock,cred_expire=5
+StateSaveLocation={top}/state
+SlurmdSpoolDir={top}/spool/%n
+SlurmctldPidFile={top}/run/slurmctld.pid
+SlurmdPidFile={top}/run/slurmd.%n.pid
+SlurmctldLogFile={top}/log/slurmctld.log
+SlurmdLogFile={top}/log/slurmd.%n.log
+SlurmctldDebug=info
+SlurmdDebug=info
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+MpiDefault=none
+SwitchType=switch/none
+ReturnToService=2
+SlurmctldTimeout=10
+SlurmdTimeout=10
+InactiveLimit=0
+MinJobAge=86400
+MaxArraySize=5
+EnforcePartLimits=ALL
+MailProg=/bin/true
+KillWait=5
+CompleteWait=0
+OverTimeLimit=0
+UnkillableStepTimeout=20
+MessageTimeout=10
+TCPTimeout=2
+SchedulerType=sched/backfill
+SchedulerParameters=sched_interval=1,sched_min_interval=0,batch_sched_delay=0,bf_interval=2
+SlurmdParameters=config_overrides
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+JobRequeue=1
+AccountingStorageType=accounting_storage/none
+JobCompType=jobcomp/filetxt
+JobCompLoc={top}/log/jobcomp.log
+GresTypes=gpu
+{nodes}
+PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=60 State=UP PriorityTier=10 PreemptMode=REQUEUE GraceTime=20
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE DefaultTime=60 State=UP PriorityTier=100 PreemptMode=OFF
+"""
+NODE = (
+    "NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs=8 Sockets=1 "
+    "CoresPerSocket=8 ThreadsPerCore=1 RealMemory=100000 Gres=gpu:h100:8 State=UNKNOWN"
+)
+
+
+class Cluster:
+    """Slurm's daemons, in one folder."""
+
+    def __init__(self, top: Path) -> None:
+        self.top = top
+        self.conf = top / "slurm.conf"
+        self.daemons: dict[str, subprocess.Popen] = {}
+        self.env = {
+            **{k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH"))},
+            "SLURM_CONF": str(self.conf),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin",
+            "OMP_NUM_THREADS": "1",
+            "CHAINRULE_HOME": str(TOP),
+        }
+
+    def start(self) -> None:
+        for folder in ("run", "state", "spool", "log", "dev"):
+            (self.top / folder).mkdir()
+        for i in range(8):  # count-only GPUs make a node invalid; links to /dev/null do not
+            (self.top / "dev" / f"gpu{i}").symlink_to("/dev/null")
+        gpus = f"AutoDetect=off\nName=gpu Type=h100 File={self.top}/dev/gpu[0-7]\n"
+        (self.top / "gres.conf").write_text(gpus)
+        ports = _free_ports(20 + len(NODES))
+        nodes = "\n".join(
+            NODE.format(name=name, port=port) for name, port in zip(NODES, ports[1:], strict=False)
+        )
+        self.conf.write_text(
+            SLURM_CONF.format(
+                top=self.top,
+                user=getpass.getuser(),
+                port=ports[0],
+                srun_first=ports[len(NODES) + 1],
+                srun_last=ports[-1],
+                nodes=nodes,
+            )
+        )
+        key = self.top / "munge.key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o400)
+        run = self.top / "run"
+        self._spawn(
+            "munged",
+            ["munged", "--foreground", "--force", "--num-threads=2", f"--key-file={key}"]
+            + [f"--socket={run}/munge.sock", f"--pid-file={run}/munged.pid"]
+            + [f"--log-file={self.top}/log/munged.log", f"--seed-file={run}/munged.seed"],
+        )
+        wait_until(lambda: (run / "munge.sock").exists(), 10, "munge's socket")
+        self._spawn("slurmctld", ["slurmctld", "-D", "-f", str(self.conf)])
+        for name in NODES:
+            self.start_node(name)
+        wait_until(
+            lambda: self.slurm("sinfo", "-h", "-N", "-o", "%t", check=False).split().count("idle")
+            >= 2 * len(NODES),
+            30,
+            "idle nodes",
+        )
+
+    def start_node(self, name: str) -> None:
+        self._spawn(name, ["slurmd", "-D", "-N", name, "-f", str(self.conf)])
+
+    def _spawn(self, name: str, command: list[str]) -> None:
+        with open(self.top / "log" / f"{name}.out", "ab") as log:
+            self.daemons[name] = subprocess.Popen(
+                command, env=self.env, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def slurm(self, *command: str, check: bool = True) -> str:
+        done = subprocess.run(
+            command, env=self.env, capture_output=True, text=True, check=False, timeout=60
+        )
+        assert not check or done.returncode == 0, f"{command}: {done.stderr}"
+        return done.stdout
+
+    def job(self, job: str) -> dict[str, str]:
+        """What `scontrol show job` says."""
+        said = self.slurm("scontrol", "show", "job", "-o", job)
+        return dict(re.findall(r"(\w+)=(\S*)", said))
+
+    def state(self, job: str) -> str:
+        return self.job(job)["JobState"]
+
+    def wait_for(self, job: str, states: Sequence[str], within_s: float = 120.0) -> str:
+        """Wait until the job is in one of `states`; which."""
+        wait_until(
+            lambda: self.state(job) in states,
+            within_s,
+            f"job {job} in {states}",
+            lambda: self.slurm("scontrol", "show", "job", job),
+        )
+        return self.state(job)
+
+    def processes(self, *words: str) -> list[int]:
+        """Processes of this cluster whose command line holds all `words`."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                command = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                mine = f"SLURM_CONF={self.conf}".encode() in (path / "environ").read_bytes()
+            except (FileNotFoundError, PermissionError, ProcessLookupError):
+                continue
+            if mine and all(word in command for word in words):
+                found.append(int(path.name))
+        return found
+
+    def stop(self) -> None:
+        """End jobs and daemons, by process id."""
+        if "slurmctld" in self.daemons:
+            self.slurm("scancel", "--user", getpass.getuser(), check=False)
+        for process in reversed(self.daemons.values()):
+            if process.poll() is None:
+                process.terminate()
+        for process in self.daemons.values():
+            try:
+                process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        for pid in self.processes():
+            if pid != os.getpid():
+                os.kill(pid, signal.SIGKILL)
+
+
+def wait_until(
+    condition: Callable[[], bool],
+    within_s: float,
+    what: str,
+    explain: Callable[[], str] = lambda: "",
+) -> None:
+    """Poll until `condition` holds; AssertionError naming `what` after `within_s`."""
+    until = time.monotonic() + within_s
+    while time.monotonic() < until:
+        if condition():
+            return
+        time.sleep(0.2)
+    raise AssertionError(f"not within {within_s:.0f} s: {what} {explain()}")
+
+
+def _free_ports(number: int) -> list[int]:
+    """`number` ports in a row that nothing listens on."""
+    first = 17000
+    while first < 32000:
+        ports = list(range(first, first + number))
+        if all(_is_free(port) for port in ports):
+            return ports
+        first += number
+    raise AssertionError("no free ports")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    path = os.environ["PATH"] + ":/usr/sbin"
+    missing = [program for program in PROGRAMS if shutil.which(program, path=path) is None]
+    if missing:
+        reason = f"no Slurm here ({', '.join(missing)}: apt-get install slurm-wlm munge)"
+        if os.environ.get("CHAINRULE_CLUSTER") == "required":
+            pytest.fail(reason)
+        pytest.skip(reason)
+    top = Path(tempfile.mkdtemp(prefix="sl", dir="/tmp"))
+    cluster = Cluster(top)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+        shutil.rmtree(top, ignore_errors=True)
