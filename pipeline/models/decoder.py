@@ -177,6 +177,8 @@ class Decoder(Autoregressive):
     """See the head of this file. Elements are token ids, or floats for a density head."""
 
     config: DecoderConfig
+    order: Tensor
+    steps: Tensor
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
