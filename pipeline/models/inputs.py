@@ -96,8 +96,9 @@ def check_input(kind: InputKind, vocabulary_size: int | None) -> None:
 
 
 def intensity(x: Tensor, vocabulary_size: int | None) -> Tensor:
-    """Values 0..V-1 as numbers in [-1, 1]; a continuous element is itself."""
-    return x if vocabulary_size is None else x * (2.0 / (vocabulary_size - 1)) - 1.0
+    """Values 0..V-1 as numbers in [-1, 1], in float32 (bfloat16 would make neighbours of 256
+    values one); a continuous element is itself."""
+    return x if vocabulary_size is None else x.float() * (2.0 / (vocabulary_size - 1)) - 1.0
 
 
 class ElementInput(nn.Module):
@@ -116,4 +117,4 @@ class ElementInput(nn.Module):
         if self.table is not None:
             embedded: Tensor = self.table(x.long())
             return embedded
-        return intensity(x.to(dtype), self.vocabulary_size).unsqueeze(-1)
+        return intensity(x, self.vocabulary_size).to(dtype).unsqueeze(-1)

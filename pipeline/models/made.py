@@ -208,8 +208,8 @@ class MADE(Autoregressive):
         weight = self.output.weight
         if self.inputs > 1:
             return F.one_hot(x.long(), self.inputs).to(weight.dtype)
-        x = x.to(weight.dtype)
-        return (x if self.binary else intensity(x, self.config.vocabulary_size)).unsqueeze(-1)
+        values = x if self.binary else intensity(x, self.config.vocabulary_size)
+        return values.to(weight.dtype).unsqueeze(-1)
 
     def _conditional(self, parameters: Tensor) -> Conditional:
         """(..., P) to the distributions of (...)."""

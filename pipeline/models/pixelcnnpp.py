@@ -251,7 +251,7 @@ class PixelCNNpp(RasterModel):
         return maps
 
     def scale(self, image: Tensor) -> Tensor:
-        return intensity(image.to(self.output.gain.dtype), self.config.vocabulary_size)
+        return intensity(image, self.config.vocabulary_size).to(self.output.gain.dtype)
 
     def class_biases(self, cond: Tensor | None, batch: int) -> tuple[Tensor | None, ...]:
         """(B, 2F) for each ResNet, in the order of evaluation."""
@@ -271,7 +271,7 @@ class PixelCNNpp(RasterModel):
         means, log_scales, coefficients = (part.unflatten(-1, (-1, k)) for part in rest)
         log_scales = log_scales.clamp(min=self._min_log_scale())
         coefficients = torch.tanh(coefficients)
-        values = intensity(pixels.to(means.dtype), self.config.vocabulary_size).unsqueeze(-1)
+        values = intensity(pixels, self.config.vocabulary_size).unsqueeze(-1)
         conditionals = []
         pair = 0
         for channel in range(channels):

@@ -244,6 +244,8 @@ class PixelCNNppCursor(CachedCursor):
     def _predict(self, first: int, end: int) -> Tensor:
         channels, width = self.model.channels, self.model.width
         self.evaluated = min(self.evaluated, first // channels + 1)
+        if self.evaluated <= self.row * width:  # the row was begun on rows now forgotten
+            self.row = -1
         wanted = slice(first // channels, (end - 1) // channels + 1)
         while self.evaluated < wanted.stop:
             row, column = divmod(self.evaluated, width)
