@@ -215,8 +215,8 @@ def decompress_file(
 ) -> list[Path]:
     """The container's files, written into the folder `out` (default: the container's own).
 
-    A container of one file may name that file itself with `out`. Nothing is written before
-    everything is decoded and compared; ContainerError or CompressError otherwise.
+    For a container of one file `out` may be a file name with the same suffix. Nothing is
+    written before everything is decoded and compared: CompressError otherwise.
     """
     path = Path(path)
     try:
@@ -273,8 +273,9 @@ def _targets(packed: Container, out: Path | None, force: bool) -> list[Path]:
         if name.startswith("/") or "\0" in name or any(part in ("", ".", "..") for part in parts):
             raise CompressError(f"{packed.path}: holds a file named {name!r}, which is refused")
     folder = packed.path.parent if out is None else Path(out)
-    if out is not None and len(names) == 1 and not Path(out).is_dir():
-        targets = [Path(out)]
+    one_file = len(names) == 1 and out is not None and not Path(out).is_dir()
+    if one_file and folder.suffix and folder.suffix == Path(names[0]).suffix:
+        targets = [folder]
     else:
         targets = [folder / name for name in names]
     if len(set(targets)) != len(targets):

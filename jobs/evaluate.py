@@ -27,6 +27,7 @@ from chainrule.pipeline.evaluation import codecs
 from chainrule.pipeline.evaluation.agreement import classifier_agreement
 from chainrule.pipeline.evaluation.factors import Parts
 from chainrule.pipeline.evaluation.figures import Figures
+from chainrule.pipeline.evaluation.held_out import Encoded, HeldOut, Stored
 from chainrule.pipeline.evaluation.likelihood import (
     Tally,
     position_picture,
@@ -72,8 +73,9 @@ def main(config: Config, stage: Stage) -> None:
     if stage.optional("model") is not None:
         source = open_source(stage.input("model").folder, config.device, config.dtype)
         figures.fact("model", str(source.card.get("fingerprint", "")))
-    if source is not None and stage.optional("tokens") is not None:
-        likelihood(config, stage, source, figures)
+    held_out = _held_out(config, stage, source)
+    if source is not None and held_out is not None:
+        likelihood(config, stage, source, held_out, figures)
     elif not any(stage.optional(role) for role in ("data", "samples")):
         raise StageFailed(
             f"stage '{stage.name}': nothing to evaluate on: give 'tokens' beside 'model', "
@@ -91,10 +93,19 @@ def main(config: Config, stage: Stage) -> None:
 # --- likelihood ----------------------------------------------------------------------------
 
 
-def likelihood(config: Config, stage: Stage, source: Source, figures: Figures) -> None:
+def _held_out(config: Config, stage: Stage, source: Source | None) -> HeldOut | None:
+    """What is scored: token shards, or raw shards through the model's tokenizer."""
+    if stage.optional("tokens") is not None:
+        return Stored(TokenSet.open(stage.input("tokens").folder, config.split))
+    if source is None or source.tokenizer is None or stage.optional("data") is None:
+        return None
+    return Encoded(Shards.open(stage.input("data").folder), source.tokenizer, config.split)
+
+
+def likelihood(
+    config: Config, stage: Stage, source: Source, tokens: HeldOut, figures: Figures
+) -> None:
     """Score the split, then say what the sums are."""
-    folder = stage.input("tokens").folder
-    tokens = TokenSet.open(folder, config.split)
     _same_tokenizer(source, tokens, stage)
     samples = min(config.limit or tokens.samples, tokens.samples)
     parts = Parts(stage.folder, tokens.lengths[:samples], stage.rank, stage.world_size)
@@ -127,7 +138,7 @@ def likelihood(config: Config, stage: Stage, source: Source, figures: Figures) -
     parts.to_zarr(config.factors)
 
 
-def is_events(source: Source, tokens: TokenSet) -> bool:
+def is_events(source: Source, tokens: HeldOut) -> bool:
     """Whether a sample is one event of the model (an image), not a sequence of any length."""
     if tokens.grid is None and len(source.model.event_shape) == 1:
         return False
@@ -139,7 +150,7 @@ def is_events(source: Source, tokens: TokenSet) -> bool:
     return True
 
 
-def _same_tokenizer(source: Source, tokens: TokenSet, stage: Stage) -> None:
+def _same_tokenizer(source: Source, tokens: HeldOut, stage: Stage) -> None:
     card = source.card.get("tokenizer")
     if card is not None:
         require_same(
@@ -157,19 +168,19 @@ def _same_tokenizer(source: Source, tokens: TokenSet, stage: Stage) -> None:
         )
 
 
-def _label(tokens: TokenSet, source: Source, meta: dict[str, Any]) -> int | None:
+def _label(tokens: HeldOut, source: Source, meta: dict[str, Any]) -> int | None:
     """The class a sample is scored under: its own, where the model has classes."""
     if source.card.get("classes") is None or tokens.classes is None:
         return None
     return int(meta["label"]) if meta.get("label") is not None else -1
 
 
-def _labels(tokens: TokenSet, samples: int) -> list[int | None]:
-    return [tokens[i][1].get("label") for i in range(samples)]
+def _labels(tokens: HeldOut, samples: int) -> list[int | None]:
+    return [tokens.meta(i).get("label") for i in range(samples)]
 
 
 def _score(
-    config: Config, source: Source, tokens: TokenSet, todo: range, as_events: bool
+    config: Config, source: Source, tokens: HeldOut, todo: range, as_events: bool
 ) -> Iterator[np.ndarray]:
     model = source.model
     if not as_events:
@@ -197,7 +208,7 @@ def _score(
 def _figures_of_tokens(
     config: Config,
     source: Source,
-    tokens: TokenSet,
+    tokens: HeldOut,
     tally: Tally,
     as_events: bool,
     figures: Figures,
@@ -241,20 +252,19 @@ def _figures_of_tokens(
         )
 
 
-def _counts(config: Config, tokens: TokenSet) -> tuple[np.ndarray, int]:
+def _counts(config: Config, tokens: HeldOut) -> tuple[np.ndarray, int]:
     """Counts (V,) of the first `unigram_tokens` training tokens, and how many those were."""
     counts = np.zeros(tokens.vocabulary.size, dtype=np.int64)
     used = 0
-    for sample in tokens.shards.iterate("train"):
+    for ids in tokens.training():
         if used >= config.unigram_tokens:
             break
-        ids = sample.tokens().ravel()
         counts += np.bincount(ids, minlength=len(counts))
         used += len(ids)
     return counts, used
 
 
-def _held_out_counts(tokens: TokenSet, samples: int) -> np.ndarray:
+def _held_out_counts(tokens: HeldOut, samples: int) -> np.ndarray:
     counts = np.zeros(tokens.vocabulary.size, dtype=np.int64)
     for i in range(samples):
         counts += np.bincount(tokens[i][0].ravel(), minlength=len(counts))
@@ -264,13 +274,13 @@ def _held_out_counts(tokens: TokenSet, samples: int) -> np.ndarray:
 def _figures_of_text(
     config: Config,
     stage: Stage,
-    tokens: TokenSet,
+    tokens: HeldOut,
     samples: int,
     tally: Tally,
     figures: Figures,
 ) -> None:
     split = config.split
-    size = sum(int(tokens[i][1]["bytes"]) for i in range(samples))
+    size = sum(int(tokens.meta(i)["bytes"]) for i in range(samples))
     ends = "its end (eos) included" if "eos" in tokens.vocabulary.specials else "without its end"
     figures.put(
         "bits_per_byte",
@@ -321,7 +331,7 @@ def _figures_of_text(
             )
 
 
-def _figures_of_images(tokens: TokenSet, tally: Tally, figures: Figures, split: str) -> None:
+def _figures_of_images(tokens: HeldOut, tally: Tally, figures: Figures, split: str) -> None:
     if tokens.tokenizer_kind == "pixels" and tokens.vocabulary.size == 256:
         figures.put(
             "bits_per_dim",
@@ -382,7 +392,7 @@ def _tokenizer(stage: Stage, source: Source | None) -> Any:
 
 def _raw_batches(
     config: Config, shards: Shards, samples: int, progress: Any
-) -> Iterator[list[np.ndarray | str]]:
+) -> Iterator[list[Any]]:
     for start in range(0, samples, config.batch_size):
         stop = min(start + config.batch_size, samples)
         found = [shards.read(config.split, i) for i in range(start, stop)]

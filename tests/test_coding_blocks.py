@@ -166,15 +166,16 @@ def test_a_symbol_outside_the_alphabet_or_a_bad_table_is_refused():
 
 def test_a_certain_symbol_costs_what_least_bits_says():
     """A megabyte of zeros under a sure model: the bound that guards against false lengths."""
-    for size in (1, 2, 256, 5000):
-        pmf = np.zeros((1000, size))
+    for size, rows in ((1, 1000), (2, 1000), (256, 500), (5000, 20)):
+        pmf = np.zeros((rows, size))
         pmf[:, 0] = 1
+        table = quantise(pmf)
         encoder = Encoder()
-        for _ in range(200):
-            encoder.encode(quantise(pmf), np.zeros(1000, dtype=np.int64))
-        symbols = 200_000
-        assert symbols <= (8 * len(encoder.finish()) + 64) / least_bits(size)
-        assert len(encoder.finish()) < 200
+        for _ in range(100):
+            encoder.encode(table, np.zeros(rows, dtype=np.int64))
+        stream = encoder.finish()
+        assert 100 * rows <= (8 * len(stream) + 64) / least_bits(size)
+        assert len(stream) < 100
 
 
 def test_plan_covers_every_symbol_once_and_depends_on_lengths_alone():
@@ -193,7 +194,7 @@ def test_plan_covers_every_symbol_once_and_depends_on_lengths_alone():
     assert sum(len(batch) for batch in whole) == 7  # the empty item has no row
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     size=st.sampled_from([1, 2, 255, 256, 257, 300, 4096]),
     seed=st.integers(0, 2**32 - 1),
@@ -218,7 +219,7 @@ def test_any_tables_round_trip(size, seed, count, sharp):
     np.testing.assert_array_equal(decoder.decode_uniform(sizes), places)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(stream=st.binary(max_size=40), size=st.sampled_from([1, 2, 100, 256, 257, 1000]))
 def test_garbage_decodes_to_symbols_or_is_refused(stream, size):
     decoder = Decoder(stream)

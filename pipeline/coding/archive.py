@@ -217,7 +217,9 @@ def unpack(
             else:
                 data = container.streams[e["stream"]]
             expected = e["sha256"] if e.get("exact", "bytes") == "bytes" else e["side"]["restored"]
-            if _sha256(data) != expected:
+            if _sha256(data) != expected or (
+                e.get("exact", "bytes") == "bytes" and len(data) != e["length"]
+            ):
                 raise ContainerError(
                     f"{container.path}: {e['name']} does not come back as it was"
                     + _difference(header, model)
@@ -226,8 +228,23 @@ def unpack(
         return files
     except CodingError as error:
         raise ContainerError(f"{container.path}: {error}{_difference(header, model)}") from None
-    except (KeyError, IndexError, TypeError, OverflowError) as error:
-        raise ContainerError(f"{container.path}: its header makes no sense ({error!r})") from None
+    except ContainerError as error:
+        raise ContainerError(
+            str(error) if str(container.path) in str(error) else f"{container.path}: {error}"
+        ) from None
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        OverflowError,
+        NotForModel,
+    ) as error:
+        # the checksum was right, so this was written by another program, or by a hostile one
+        first_line = str(error).partition("\n")[0]
+        raise ContainerError(
+            f"{container.path}: its header makes no sense ({type(error).__name__}: {first_line})"
+        ) from None
 
 
 def _decode_items(

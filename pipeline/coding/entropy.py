@@ -126,9 +126,9 @@ class Encoder:
             )
 
     def finish(self) -> bytes:
-        """The coded bytes (little-endian, trailing zero bytes dropped)."""
-        words = self._coder.get_compressed()
-        return words.astype("<u4").tobytes().rstrip(b"\0")
+        """The coded bytes: little-endian words, without the zero bytes that end the last one."""
+        data = self._coder.get_compressed().astype("<u4").tobytes()
+        return data[:-4] + data[-4:].rstrip(b"\0")
 
 
 class Decoder:
