@@ -151,8 +151,8 @@ class MADE(Autoregressive):
         mask = 0
         if self.training and self.config.masks > 1:
             mask = int(torch.randint(self.config.masks, ()))
-        sequence = x.flatten(1)[:, self.orders[mask]]
-        return self.conditionals(x, cond, mask).log_prob(sequence)
+        conditionals = self.conditionals(x, cond, mask)  # which also checks x
+        return conditionals.log_prob(x.flatten(1)[:, self.orders[mask]])
 
     def ensemble_log_prob(
         self, x: Tensor, cond: Tensor | None = None, masks: int | None = None
