@@ -42,25 +42,29 @@ tokens.py
 vocabulary.py
     Vocabulary(size=, ranges=, specials=)
     join([Vocabulary, ...]) -> (Vocabulary, [int64 table (size_k,) old id -> joint id, ...])
-rows.py
-    rows_of(token_set, context=None, seed=0, shuffle=True, table=None) -> Rows
-        FixedRows where all samples have `context` tokens (or context is None), else PackedRows.
-        len(rows) rows an epoch; rows.context; rows.waste (share of padding)
 batches.py
-    Batch: .x (B, T) long, row-major for grids    .cond (B,) long or None (labels)
+    mixture_of([TokenSet, ...], context=None, weights=None, seed=0, shuffle=True) -> Mixture
+        rows of `context` tokens: whole samples where all have that length (context None: the
+        grid's size), else documents packed into windows. Sets of several tokenizers are moved
+        into their joint vocabulary: mixture.vocabulary
+    Mixture: .context .vocabulary .members (of .tokens, .rows; len(rows) rows an epoch, rows.waste)
+        .epochs(position) -> epochs each set went through
+        .batch(position, size, rank=0, world_size=1, step=0) -> Batch
+    Batch: .x (B, T) long, row-major for grids     .cond (B,) long or None (labels, -1: none)
            .documents (B, T) long or None         .mask (B, T) bool or None (False on padding)
-           .step .position .ids (list of B lists of Piece(set, epoch, sample, start, stop))
-           .tokens (number that count)   .to(device)   .split(n) -> micro-batches
-    Mixture([Rows, ...], weights=None, seed=0)    .batch(position, size) -> Batch
+           .step .position .ids (B lists of Piece(set, epoch, sample, start, stop))
+           .tokens (positions that count)   .to(device)   .split(n) -> micro-batches
     Loader(mixture, batch_size, rank=0, world_size=1, step=0, position=None, workers=1, ahead=4)
         an endless iterator of rank r's slice of each global batch; a context manager
         batch_size: int, or [(from_step, size), ...] for a ramp
-        .state() -> {"step": s, "position": p}   of the next batch   .stalled seconds waited
-        .skip(rows)                              pass over a data window
-    sequential(rows, batch_size, rank=0, world_size=1) -> Iterator[Batch]   validation: each
-        row once, in order; the last batch may be short; no row twice over all ranks
+        .state() -> {"step": s, "position": p} of the next batch    .stalled seconds waited
+        .skip(rows)                               pass over a data window
+    sequential(mixture, batch_size, rank=0, world_size=1) -> Iterator[Batch]   validation: each
+        row once (shuffle=False: in order); all ranks get as many batches; the last may be
+        short, and a rank without a row of it gets one whose mask is all False
 ledger.py
-    Ledger(folder, rank)   .record(batch, passed_over=False)   .close()
-    rewind(folder, step)   drop what steps >= step recorded (rank 0, before ranks record)
-    write_header(folder, mixture)    verify(folder) -> list[Finding]
+    write_header(folder, mixture)                rank 0, at the start of a run
+    rewind(folder, step)                         rank 0, at a resume: drop what steps >= step wrote
+    Ledger(folder, rank)   .record(batch)   .pass_over(mixture, position, rows, step)   .close()
+    verify(folder) -> list[Finding]              jobs/verify.py prints them
 """

@@ -19,51 +19,60 @@ def mix(value: np.ndarray) -> np.ndarray:
     return value ^ (value >> np.uint64(31))
 
 
-def stream_key(*words: int) -> np.ndarray:
-    """One uint64 from integers; differs wherever one of them does."""
+def stream_key(*words: "int | np.ndarray") -> np.ndarray:
+    """uint64 (n,) from integers and arrays (n,); differs wherever one of them does."""
     key = np.zeros(1, np.uint64)
     for word in words:
-        key = mix(key + np.uint64(word & 0xFFFFFFFFFFFFFFFF) + np.uint64(0x9E3779B97F4A7C15))
+        if isinstance(word, int):
+            word = np.array([word & 0xFFFFFFFFFFFFFFFF], np.uint64)
+        key = mix(key + word.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15))
     return key
 
 
-class Permutation:
-    """A pseudorandom permutation of range(n), element by element.
+def permute(positions: np.ndarray, n: "int | np.ndarray", key: np.ndarray) -> np.ndarray:
+    """Elements (int64) at `positions` of the pseudorandom permutation of range(n) under `key`.
 
     A generalised Feistel network on Z_a x Z_b with a * b just above n, and cycle walking
     for the few values past n (Black & Rogaway, "Ciphers with Arbitrary Finite Domains",
-    CT-RSA 2002, sections 3 and 4).
+    CT-RSA 2002, sections 3 and 4). `positions` is (m,); `n` and `key` are one or (m,) too.
     """
+    n_ = np.broadcast_to(np.asarray(n, np.uint64), positions.shape)
+    key = np.broadcast_to(key, positions.shape)
+    a = np.ceil(np.sqrt(n_.astype(np.float64))).astype(np.uint64)
+    b = (n_ + a - np.uint64(1)) // a
+    values = _feistel(positions.astype(np.uint64), a, b, key)
+    outside = np.flatnonzero(values >= n_)
+    while outside.size:
+        walked = _feistel(values[outside], a[outside], b[outside], key[outside])
+        values[outside] = walked
+        outside = outside[walked >= n_[outside]]
+    return values.astype(np.int64)
+
+
+def _feistel(values: np.ndarray, a: np.ndarray, b: np.ndarray, key: np.ndarray) -> np.ndarray:
+    left, right = values // b, values % b  # in Z_a, Z_b
+    for round_ in range(1, ROUNDS + 1):
+        round_key = mix(key + np.uint64(round_))
+        if round_ % 2:
+            left = np.remainder(left + mix(right + round_key) % a, a)
+        else:
+            right = np.remainder(right + mix(left + round_key) % b, b)
+    return left * b + right
+
+
+class Permutation:
+    """The pseudorandom permutation of range(n) that belongs to integers (seed, epoch, ...)."""
 
     def __init__(self, n: int, *words: int) -> None:
-        """The permutation of range(n) that belongs to `words`: (seed, epoch, ...)."""
         if n < 1:
             raise ValueError(f"a permutation of {n} elements")
         self.n = n
-        self._a = np.uint64(int(np.ceil(np.sqrt(n))))
-        self._b = np.uint64(-(-n // int(self._a)))
-        base = stream_key(*words)
-        self._keys = [mix(base + np.uint64(round_)) for round_ in range(1, ROUNDS + 1)]
+        self._key = stream_key(*words)
 
     def __getitem__(self, positions: np.ndarray) -> np.ndarray:
         """Elements (int64) at `positions` (integers in [0, n), any shape)."""
         positions = np.asarray(positions)
-        values = self._once(positions.astype(np.uint64).reshape(-1))
-        outside = np.flatnonzero(values >= self.n)
-        while outside.size:
-            walked = self._once(values[outside])
-            values[outside] = walked
-            outside = outside[walked >= self.n]
-        return values.astype(np.int64).reshape(positions.shape)
-
-    def _once(self, values: np.ndarray) -> np.ndarray:
-        left, right = values // self._b, values % self._b  # in Z_a, Z_b
-        for round_, key in enumerate(self._keys):
-            if round_ % 2:
-                right = np.remainder(right + mix(left + key) % self._b, self._b)
-            else:
-                left = np.remainder(left + mix(right + key) % self._a, self._a)
-        return left * self._b + right
+        return permute(positions.reshape(-1), self.n, self._key).reshape(positions.shape)
 
 
 class Interleave:
@@ -73,7 +82,7 @@ class Interleave:
     and so on. Weights are fractions over a common denominator D, and the pattern repeats
     after D positions, so any m * D rows in a row hold each set exactly m * D * weight times:
     weights with three decimals are exact over any 1,000 batches of any size. Where D does
-    not divide the number of rows, a count is off by less than two rows.
+    not divide the number of rows, a count is off by fewer rows than there are sets.
     """
 
     MAX_DENOMINATOR = 1_000_000  # keeps position * share inside int64 up to 9e12 rows

@@ -1,5 +1,6 @@
 """A split of a token artifact: sample i as an array, lengths without reading the samples."""
 
+import threading
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,16 @@ from typing import Any
 import numpy as np
 
 from chainrule.pipeline.artifact import MANIFEST, ArtifactError, read_json
-from chainrule.pipeline.data.reader import OnDamage, Sample, ShardError, Shards
+from chainrule.pipeline.data.reader import (
+    NPY,
+    OnDamage,
+    Sample,
+    ShardError,
+    Shards,
+)
 from chainrule.pipeline.data.vocabulary import Vocabulary
+
+LARGE = 1 << 16  # bytes; of a longer sample a piece alone is read, once the whole was checked
 
 
 class TokenSet:
@@ -32,6 +41,8 @@ class TokenSet:
         self.classes = shards.classes
         self.modality = shards.modality
         self.raw_bytes = int(index["raw_bytes"][split])
+        self._large: dict[int, tuple[int, np.dtype[Any], int | None]] = {}
+        self._lock = threading.Lock()
         self.tokens = sum(shards.entries[n]["tokens"] for n in shards.numbers(split))
 
     @classmethod
@@ -93,3 +104,32 @@ class TokenSet:
                 f"vocabulary has {self.vocabulary.size}; pretokenize again with its own tokenizer"
             )
         return tokens
+
+    def piece(self, i: int, start: int, stop: int) -> tuple[np.ndarray, int | None] | None:
+        """Tokens [start, stop) of sample `i`, flat, and its label; None where it is damaged.
+
+        A large sample is read and checked whole the first time; later only the piece is read.
+        """
+        known = self._large.get(i)
+        if known is not None:
+            offset, dtype, label = known
+            data = self.shards.read_range(
+                self.split, i, NPY, offset + start * dtype.itemsize, (stop - start) * dtype.itemsize
+            )
+            return np.frombuffer(data, dtype), label
+        sample = self.sample(i)
+        if sample is None:
+            return None
+        tokens = self.decode(sample, i)
+        label = sample.meta.get("label") if self.classes is not None else None
+        if len(sample.members[NPY]) > LARGE:
+            head = len(sample.members[NPY]) - tokens.nbytes
+            with self._lock:
+                self._large[i] = (head, tokens.dtype, label)
+        flat = tokens.reshape(-1)
+        if len(flat) < stop:
+            raise ShardError(
+                f"{self.shards.folder}: sample {sample.key} has {len(flat)} tokens, its offsets "
+                f"promise {stop}; pretokenize again"
+            )
+        return flat[start:stop], label

@@ -6,6 +6,7 @@ The plain-dict form is what `index.json` and every `card.json` hold under "vocab
      "specials": {"bos": 4096, "eos": 4097}}
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -42,3 +43,50 @@ class Vocabulary(Settings):
 
     def as_dict(self) -> dict[str, Any]:
         return self.model_dump(mode="json")
+
+
+def join(vocabularies: Sequence[Vocabulary]) -> tuple[Vocabulary, list[np.ndarray]]:
+    """One space that holds several, and for each a table int64 (size,): own id -> joint id.
+
+    The ranges lie one after the other in the order given (a name met again gets a number:
+    image, image-1); then the specials, shared by name. Ids of no range map to -1.
+    """
+    ranges: dict[str, tuple[int, int]] = {}
+    specials: dict[str, int] = {}
+    tables = []
+    end = 0
+    for vocabulary in vocabularies:
+        table = np.full(vocabulary.size, -1, np.int64)
+        for name, (start, stop) in sorted(vocabulary.ranges.items(), key=lambda item: item[1]):
+            if name == "specials":
+                continue
+            ranges[_free(name, ranges)] = (end, end + stop - start)
+            table[start:stop] = np.arange(end, end + stop - start)
+            end += stop - start
+        for name, token in vocabulary.specials.items():
+            if table[token] >= 0:  # a special inside a modality's range moves with it
+                specials[_free(name, specials)] = int(table[token])
+        tables.append(table)
+    first = end
+    shared: dict[str, int] = {}
+    for vocabulary, table in zip(vocabularies, tables, strict=True):
+        for name, token in sorted(vocabulary.specials.items(), key=lambda item: item[1]):
+            if table[token] < 0:
+                if name not in shared:
+                    shared[name] = end
+                    end += 1
+                table[token] = shared[name]
+    if end > first:
+        ranges["specials"] = (first, end)
+    for name, token in shared.items():
+        specials[_free(name, specials)] = token
+    return Vocabulary(size=end, ranges=ranges, specials=specials), tables
+
+
+def _free(name: str, taken: dict[str, Any]) -> str:
+    """`name`, with a number where it is taken."""
+    number, candidate = 0, name
+    while candidate in taken:
+        number += 1
+        candidate = f"{name}-{number}"
+    return candidate
