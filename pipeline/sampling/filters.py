@@ -49,18 +49,19 @@ class Guidance(Settings):
         description="linear, cosine: rise from 1 at the first element to `scale` at the last",
     )
 
-    def at(self, position: int, length: int) -> float:
-        """The scale at an element, of `length` in all."""
+    def at(self, positions: Tensor, length: int) -> Tensor:
+        """The scale at elements, `length` in all; float32, of the shape of `positions`."""
+        progress = positions.float() / max(length - 1, 1)
         if self.schedule == "constant":
-            return self.scale
-        progress = position / max(length - 1, 1)
-        if self.schedule == "cosine":
-            progress = (1 - math.cos(math.pi * progress)) / 2
+            progress = torch.ones_like(progress)
+        elif self.schedule == "cosine":
+            progress = (1 - torch.cos(math.pi * progress)) / 2
         return 1 + (self.scale - 1) * progress
 
 
-def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """Guided log-probabilities from two normalised ones, (B, V) each."""
+def guide(conditional: Tensor, unconditional: Tensor, scale: Tensor) -> Tensor:
+    """Guided log-probabilities from two normalised ones, (..., V); `scale` (...)."""
+    scale = scale.unsqueeze(-1)
     guided = unconditional + scale * (conditional - unconditional)
     # A token that either side rules out (-inf) has no defined difference: it stays out.
     out = torch.isneginf(conditional) | torch.isneginf(unconditional)

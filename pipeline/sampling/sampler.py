@@ -200,13 +200,20 @@ def steps(model: Autoregressive, plan: Plan, rules: Rules) -> Iterator[Step]:
         cursor.advance(_both(x, guided).unsqueeze(1))
 
 
+def restrict(log_probs: Tensor, rules: Rules, seen: Tensor | None) -> Tensor:
+    """What the rules leave of log-probabilities (..., V): allowed tokens, then filters."""
+    if rules.allowed is not None:
+        out = ~rules.allowed.to(log_probs.device)
+        log_probs = torch.log_softmax(log_probs.masked_fill(out, -torch.inf), dim=-1)
+    return apply(log_probs, rules.filters, seen)
+
+
 class DiscreteDraws:
     """Elements drawn from probability mass functions, guided, restricted and filtered."""
 
     def __init__(self, size: int, plan: Plan, rules: Rules, device: torch.device) -> None:
         self.size, self.rules, self.columns = size, rules, plan.columns
         self.u = _uniforms(plan, LANE_TOKEN, device)
-        self.allowed = None if rules.allowed is None else rules.allowed.to(device)
         self.seen: Tensor | None = None
         if rules.filters.repetition_penalty != 1:
             self.seen = torch.zeros(plan.rows, size, dtype=torch.bool, device=device)
@@ -219,12 +226,10 @@ class DiscreteDraws:
         """What is drawn from, as normalised log-probabilities (B, V)."""
         log_probs = log_probs_of(conditional)
         if self.rules.guidance.scale != 1:
-            scale = self.rules.guidance.at(position, self.columns)
+            at = torch.full((len(log_probs) // 2,), position, device=log_probs.device)
             own, unconditional = log_probs.chunk(2)
-            log_probs = guide(own, unconditional, scale)
-        if self.allowed is not None:
-            log_probs = torch.log_softmax(log_probs.masked_fill(~self.allowed, -torch.inf), dim=-1)
-        return apply(log_probs, self.rules.filters, self.seen)
+            log_probs = guide(own, unconditional, self.rules.guidance.at(at, self.columns))
+        return restrict(log_probs, self.rules, self.seen)
 
     def note(self, x: Tensor) -> None:
         """Remember elements (B,) that the samples now hold."""
