@@ -80,12 +80,12 @@ class PixelCNNppConfig(Settings):
 PRESETS = {
     # Section 3 and the code's defaults: 2.92 bits a dimension on CIFAR-10.
     "pixelcnnpp-cifar10": {"family": "pixelcnnpp"},  # 53,659,080
-    "pixelcnnpp-small": {
+    "pixelcnnpp-small": {  # 974,856
         "family": "pixelcnnpp",
         "width": 32,
         "blocks": 2,
         "dropout": 0.0,
-    },  # 974,856
+    },
     "pixelcnnpp-debug": {  # 37,388
         "family": "pixelcnnpp",
         "event_shape": [3, 8, 8],
