@@ -74,8 +74,9 @@ JobCompType=jobcomp/filetxt
 JobCompLoc={top}/log/jobcomp.log
 GresTypes=gpu
 {nodes}
-PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=60 State=UP PriorityTier=10 PreemptMode=REQUEUE GraceTime=20
-PartitionName=urgent Nodes=ALL MaxTime=INFINITE DefaultTime=60 State=UP PriorityTier=100 PreemptMode=OFF
+PartitionName=DEFAULT Nodes=ALL MaxTime=INFINITE DefaultTime=60 State=UP
+PartitionName=batch Default=YES PriorityTier=10 PreemptMode=REQUEUE GraceTime=20
+PartitionName=urgent PriorityTier=100 PreemptMode=OFF
 """
 NODE = (
     "NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs=8 Sockets=1 "
@@ -85,6 +86,8 @@ NODE = (
 
 class Cluster:
     """Slurm's daemons, in one folder."""
+
+    checkout = TOP
 
     def __init__(self, top: Path) -> None:
         self.top = top
@@ -123,19 +126,19 @@ class Cluster:
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)
         run = self.top / "run"
-        self._spawn(
-            "munged",
-            ["munged", "--foreground", "--force", "--num-threads=2", f"--key-file={key}"]
-            + [f"--socket={run}/munge.sock", f"--pid-file={run}/munged.pid"]
-            + [f"--log-file={self.top}/log/munged.log", f"--seed-file={run}/munged.seed"],
-        )
-        wait_until(lambda: (run / "munge.sock").exists(), 10, "munge's socket")
+        munged = ["munged", "--foreground", "--force", "--num-threads=2", f"--key-file={key}"]
+        munged += [f"--socket={run}/munge.sock", f"--pid-file={run}/munged.pid"]
+        munged += [f"--log-file={self.top}/log/munged.log", f"--seed-file={run}/munged.seed"]
+        self._spawn("munged", munged)
+        self.wait_until(lambda: (run / "munge.sock").exists(), 10, "munge's socket")
         self._spawn("slurmctld", ["slurmctld", "-D", "-f", str(self.conf)])
         for name in NODES:
             self.start_node(name)
-        wait_until(
-            lambda: self.slurm("sinfo", "-h", "-N", "-o", "%t", check=False).split().count("idle")
-            >= 2 * len(NODES),
+        self.wait_until(
+            lambda: (
+                self.slurm("sinfo", "-h", "-N", "-o", "%t", check=False).split().count("idle")
+                >= 2 * len(NODES)
+            ),
             30,
             "idle nodes",
         )
@@ -166,13 +169,28 @@ class Cluster:
 
     def wait_for(self, job: str, states: Sequence[str], within_s: float = 120.0) -> str:
         """Wait until the job is in one of `states`; which."""
-        wait_until(
+        self.wait_until(
             lambda: self.state(job) in states,
             within_s,
             f"job {job} in {states}",
             lambda: self.slurm("scontrol", "show", "job", job),
         )
         return self.state(job)
+
+    @staticmethod
+    def wait_until(
+        condition: Callable[[], bool],
+        within_s: float,
+        what: str,
+        explain: Callable[[], str] = lambda: "",
+    ) -> None:
+        """Poll until `condition` holds; AssertionError naming `what` after `within_s`."""
+        until = time.monotonic() + within_s
+        while time.monotonic() < until:
+            if condition():
+                return
+            time.sleep(0.2)
+        raise AssertionError(f"not within {within_s:.0f} s: {what} {explain()}")
 
     def processes(self, *words: str) -> list[int]:
         """Processes of this cluster whose command line holds all `words`."""
@@ -203,21 +221,6 @@ class Cluster:
         for pid in self.processes():
             if pid != os.getpid():
                 os.kill(pid, signal.SIGKILL)
-
-
-def wait_until(
-    condition: Callable[[], bool],
-    within_s: float,
-    what: str,
-    explain: Callable[[], str] = lambda: "",
-) -> None:
-    """Poll until `condition` holds; AssertionError naming `what` after `within_s`."""
-    until = time.monotonic() + within_s
-    while time.monotonic() < until:
-        if condition():
-            return
-        time.sleep(0.2)
-    raise AssertionError(f"not within {within_s:.0f} s: {what} {explain()}")
 
 
 def _free_ports(number: int) -> list[int]:
