@@ -53,6 +53,8 @@ def decode_npy(data: bytes) -> np.ndarray:
     if len(data) < 10 or data[:8] != b"\x93NUMPY\x01\x00":
         raise ValueError("not a .npy of version 1.0")
     stop = 10 + int.from_bytes(data[8:10], "little")
+    if len(data) < stop:
+        raise ValueError("a .npy cut in its header")
     dtype, shape = _npy_header(data[:stop])
     count = 1
     for side in shape:

@@ -20,6 +20,7 @@ presence is what "finished" means, so any number of workers can be killed and st
 `finish` gathers the entries into the index and removes them.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -157,6 +158,8 @@ class ShardWriter:
         trace: TracebackType | None,
     ) -> None:
         if kind is not None:
+            with contextlib.suppress(OSError):  # a full disk has been reported already
+                self._tar.close()
             self._file.close()
             self._temporary.unlink(missing_ok=True)
             return
@@ -269,8 +272,9 @@ def finish(
             "shards": entries,
         }
         write_json(index_path, index)
-    for path in folder.glob("shard-*.entry.json"):
-        path.unlink()
+    for pattern in ("shard-*.entry.json", ".shard-*.tmp", ".index.json.*.tmp", ".skipped*.tmp"):
+        for path in folder.glob(pattern):  # also what killed attempts left half-written
+            path.unlink()
     index = read_json(index_path)
     return dict(index)
 
