@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+WATCH_EVERY_S = 2.0
 UsageError: Any = typer.BadParameter.__mro__[1]
 """click's UsageError; typer carries a click of its own in newer versions."""
 
@@ -167,13 +169,22 @@ def status(
     overrides: SetOption = None,
     runs: RunsOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for scripts.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Follow until nothing runs or waits any more.")
+    ] = False,
 ) -> None:
-    """The state of each stage and why."""
+    """The state of each stage and why, with its Slurm job where it has one."""
     from chainrule.pipeline.graph import load_pipeline
-    from chainrule.pipeline.status import stage_rows, table
+    from chainrule.pipeline.slurm_status import add_jobs
+    from chainrule.pipeline.status import is_settled, stage_rows, table
 
     pipeline = load_pipeline(config, overrides, runs)
-    rows = stage_rows(pipeline)
+    rows = add_jobs(pipeline, stage_rows(pipeline))
+    while watch and not is_settled(rows):
+        clear = "\033[H\033[2J" if sys.stdout.isatty() else ""
+        typer.echo(f"{clear}{table(rows)}\n")
+        time.sleep(WATCH_EVERY_S)
+        rows = add_jobs(pipeline, stage_rows(pipeline))
     if as_json:
         stages = {row["stage"]: row for row in rows}
         typer.echo(json.dumps({"pipeline": pipeline.name, "stages": stages}, indent=1))

@@ -47,24 +47,38 @@ def last_metrics(folder: Any) -> dict[str, Any]:
     return {}
 
 
+COLUMNS = (
+    *("stage", "job", "state", "job_id", "nodes", "elapsed", "time", "restarts"),
+    *("step", "loss", "reason"),
+)
+HEADS = {"job_id": "slurm", "reason": "why"}
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as aligned text."""
-    lines = [("stage", "job", "state", "time", "step", "loss", "why")]
-    for row in rows:
-        seconds, loss = row.get("seconds"), row.get("loss")
-        lines.append(
-            (
-                row["stage"],
-                row["job"],
-                row["state"],
-                f"{seconds:.1f} s" if seconds is not None else "",
-                str(row.get("step", "")),
-                f"{loss:.4f}" if isinstance(loss, float) else "",
-                row["reason"],
-            )
-        )
-    widths = [max(len(line[i]) for line in lines) for i in range(6)]
-    return "\n".join(
-        "  ".join([*(cell.ljust(w) for cell, w in zip(line, widths, strict=False)), line[6]])
-        for line in lines
-    )
+    """The rows as aligned text; columns that are empty in every row are left out."""
+    cells = [{column: _cell(row, column) for column in COLUMNS} for row in rows]
+    columns = [column for column in COLUMNS if any(row[column] for row in cells)]
+    head = {column: HEADS.get(column, column) for column in columns}
+    widths = {c: max(len(line[c]) for line in (head, *cells)) for c in columns[:-1]}
+    lines = []
+    for row, line in zip(({}, *rows), (head, *cells), strict=True):
+        padded = [line[c].ljust(widths[c]) for c in columns[:-1]]
+        lines.append("  ".join([*padded, line[columns[-1]]]))
+        lines += [f"    | {said}" for said in row.get("log_tail", ())]
+    return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any], column: str) -> str:
+    value = row.get("seconds") if column == "time" else row.get(column)
+    if column == "time":
+        return f"{value:.1f} s" if value is not None else ""
+    if column == "loss":
+        return f"{value:.4f}" if isinstance(value, float) else ""
+    if column == "restarts":
+        return str(value) if value else ""
+    return "" if value is None else str(value)
+
+
+def is_settled(rows: list[dict[str, Any]]) -> bool:
+    """Whether nothing is running or waiting."""
+    return not any(row["state"] in ("running", "waiting") for row in rows)
