@@ -8,7 +8,7 @@ Any number of ranks work side by side, each on zarr shards of its own. Sample i 
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from pydantic import Field, field_validator
 
-from chainrule.pipeline.artifact import Artifact
-from chainrule.pipeline.config import nearest, result_settings, runtime
+from chainrule.pipeline.artifact import Artifact, sha256_file
+from chainrule.pipeline.config import digest, nearest, result_settings, runtime
 from chainrule.pipeline.data.vocabulary import Vocabulary
 from chainrule.pipeline.models.contract import Autoregressive
 from chainrule.pipeline.sampling.filters import Filters, Guidance
@@ -37,7 +37,7 @@ from chainrule.pipeline.sampling.sampler import (
     pack_prompts,
 )
 from chainrule.pipeline.sampling.store import Layout, Store
-from chainrule.pipeline.sampling.text import StopStrings, cut_at
+from chainrule.pipeline.sampling.text import StopStrings, cut_at, stream
 from chainrule.pipeline.sampling.uniforms import sample_seeds
 from chainrule.pipeline.stage import Input, Stage
 
@@ -117,7 +117,7 @@ def open_source(folder: Path, device: str = "auto", dtype: str = "float32") -> S
     chosen = torch.device(device) if device != "auto" else _best_device()
     model = load(folder, device=str(chosen), dtype=getattr(torch, dtype))
     model.eval()
-    card = Artifact.bare(folder).card
+    card = _card(folder)
     tokenizer = None
     if card.get("tokenizer") is not None:
         try:
@@ -130,6 +130,14 @@ def open_source(folder: Path, device: str = "auto", dtype: str = "float32") -> S
                 f"with {card['tokenizer']['fingerprint'][:16]}; hand the model off again"
             )
     return Source(model, card, tokenizer, chosen)
+
+
+def _card(folder: Path) -> dict[str, Any]:
+    """The card of a model folder; a `transformers` folder gets one of what is known of it."""
+    if (folder / "card.json").is_file():
+        return Artifact.bare(folder).card
+    files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
+    return {"fingerprint": digest([sha256_file(path) for path in files])}
 
 
 def _best_device() -> torch.device:
@@ -313,6 +321,26 @@ def sample_folder(model_folder: Path, out_folder: Path, config: Config) -> Path:
     return Path(out_folder)
 
 
+def stream_folder(model_folder: Path, config: Config) -> Iterator[str]:
+    """The first sample's text, piece by piece as it is drawn; nothing is written.
+
+    The pieces joined, after the prompt, are the text that `sample_folder` stores for sample 0.
+    """
+    source = open_source(Path(model_folder), config.device, config.dtype)
+    request = settle(config, source)
+    if source.modality != "text" or source.tokenizer is None:
+        raise SamplingError(f"{model_folder}: not a model of text: only text is streamed")
+    yield from stream(
+        source.model,
+        source.tokenizer,
+        request.prompts[0],
+        request.length,
+        request.rules,
+        config.seed,
+        config.stop,
+    )
+
+
 def _batches(rows: range, size: int) -> list[range]:
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
@@ -336,8 +364,8 @@ def draw_block(request: Request, source: Source, indices: range, size: int) -> D
 
 def layouts(request: Request, source: Source) -> dict[str, Layout]:
     """The arrays of the store, a row each: their shapes and dtypes."""
-    vocabulary = source.card.get("vocabulary")
-    dtype = str(Vocabulary.model_validate(vocabulary).dtype) if vocabulary else "float32"
+    size = vocabulary_size(source)
+    dtype = str(np.min_scalar_type(size - 1)) if size is not None else "float32"
     shape = token_shape(request, source)
     arrays = {
         "tokens": Layout(shape, dtype),
@@ -354,6 +382,13 @@ def layouts(request: Request, source: Source) -> dict[str, Layout]:
             decoded.shape, str(decoded.dtype)
         )
     return arrays
+
+
+def vocabulary_size(source: Source) -> int | None:
+    """Values of an element; None for real numbers."""
+    if source.card.get("vocabulary"):
+        return Vocabulary.model_validate(source.card["vocabulary"]).size
+    return getattr(source.model.config, "vocabulary_size", None)
 
 
 def token_shape(request: Request, source: Source) -> tuple[int, ...]:

@@ -183,6 +183,8 @@ class Store:
         parts = [read_json(self._part(shard)) for shard in range(self.shards)]
         for part in parts:
             self._check_part(part, verify=True)
+        for left in self.folder.glob(f".{NAME}.*.tmp"):  # by a writer killed in `_create`
+            shutil.rmtree(left)
         write_json(self.folder / MANIFEST, {**self.header, "shards": parts})
         shutil.rmtree(self.folder / PARTS)
 

@@ -3,6 +3,7 @@
 A tokenizer is anything with `decode([ids]) -> [str]`; this room knows no more of it.
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -57,6 +58,8 @@ def stream(
     be the beginning of a stop string is held back too.
     """
     known, given = pack_prompts([prompt])
+    # The stream cuts at stop strings itself.
+    rules = dataclasses.replace(rules, finished=None)
     plan = Plan(
         seeds=sample_seeds(seed, np.array([index])),
         lengths=np.array([len(prompt) + length]),

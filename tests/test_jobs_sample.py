@@ -1,0 +1,378 @@
+"""The job `sample`, on tiny models handed off the way `handoff` does it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import wave
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydantic
+import pytest
+import torch
+from PIL import Image
+
+from chainrule.jobs import sample
+from chainrule.jobs.sample import Config, main, open_source, sample_folder, stream_folder
+from chainrule.pipeline import build, load
+from chainrule.pipeline.artifact import Artifact, ArtifactError, LineageError
+from chainrule.pipeline.models.folder import save
+from chainrule.pipeline.sampling.sampler import SamplingError
+from chainrule.pipeline.sampling.store import Store, StoreError
+from chainrule.pipeline.stage import Stage
+from chainrule.tokenizers.bytes import ByteTokenizer
+from chainrule.tokenizers.mulaw import MuLawTokenizer
+from chainrule.tokenizers.pixels import PixelTokenizer
+
+NAMES = ["cat", "dog", "owl"]
+
+
+def hand_off(folder: Path, model: Any, tokenizer: Any, **card: Any) -> Path:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "head" in name or "embedding" in name:
+                parameter.mul_(8)  # uneven enough for samples to differ
+    tokenizer_card = None
+    if tokenizer is not None:
+        tokenizer.save(folder / "tokenizer")
+        tokenizer_card = {
+            "kind": tokenizer.kind,
+            "fingerprint": tokenizer.fingerprint,
+            "path": "tokenizer",
+        }
+        card.setdefault("vocabulary", tokenizer.vocabulary)
+        card.setdefault("modality", tokenizer.modality)
+    save(model, folder, {"tokenizer": tokenizer_card, "grid": None, "classes": None, **card})
+    return folder
+
+
+TINY = {"layers": 1, "heads": 2, "width": 16, "mlp_width": 16}
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = build(
+        {
+            "family": "imagegpt",
+            "vocabulary_size": 16,
+            "context": 16,
+            "event_shape": [4, 4],
+            "classes": 3,
+            "class_dropout": 0.1,
+            **TINY,
+        },
+        seed=0,
+    )
+    tokenizer = PixelTokenizer(sample_levels(16))
+    return hand_off(
+        tmp_path_factory.mktemp("pictures"), model, tokenizer, grid=[4, 4], classes=NAMES
+    )
+
+
+def sample_levels(levels: int) -> Any:
+    from chainrule.tokenizers.pixels import PixelSettings
+
+    return PixelSettings(levels=levels)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = build({"family": "llama", "vocabulary_size": 258, "context": 60, **TINY}, seed=0)
+    return hand_off(tmp_path_factory.mktemp("text"), model, ByteTokenizer())
+
+
+def stage_for(folder: Path, model: Path, rank: int = 0, world_size: int = 1) -> Stage:
+    inputs = {"model": [Artifact.bare(model)]}
+    return Stage("samples", "test", "sample", folder, "", inputs, rank, world_size)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "metrics.jsonl"
+    }
+
+
+def read(folder: Path, number: int) -> str:
+    return (folder / f"text/{number:05d}.txt").read_bytes().decode()
+
+
+def test_pictures_of_each_class(pictures: Path, tmp_path: Path) -> None:
+    config = Config(number=10, batch_size=4)
+    sample_folder(pictures, tmp_path, config)
+    store = Store.open(tmp_path)
+    tokens, classes = store.read("tokens"), store.read("class")
+    assert tokens.shape == (10, 4, 4)
+    assert tokens.dtype == np.uint8
+    assert classes.tolist() == [0, 1, 2] * 3 + [0]
+    assert len(set(store.read("seed").tolist())) == 10
+    assert store.read("images").shape == (10, 4, 4, 1)
+    np.testing.assert_array_equal(store.read("images")[..., 0], tokens * 17)
+    x = torch.from_numpy(tokens.astype(np.int64))
+    expected = load(pictures).log_prob(x, torch.from_numpy(classes)).sum(1)
+    found = store.read("log_likelihood")
+    np.testing.assert_allclose(found, expected.detach().numpy(), rtol=1e-5)
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.size[1] == 4 + 3 * 68
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "metrics.jsonl",
+        "samples.json",
+        "samples.zarr",
+        "sheet.png",
+    ]
+
+
+def test_sample_17_is_the_same_however_it_is_drawn(pictures: Path, tmp_path: Path) -> None:
+    settings = {"number": 30, "samples_per_shard": 8, "temperature": 0.9, "top_p": 0.95}
+
+    def tokens(name: str, config: Config, ranks: int = 1) -> np.ndarray:
+        for rank in reversed(range(ranks)):
+            main(config, stage_for(tmp_path / name, pictures, rank, ranks))
+        return Store.open(tmp_path / name).read("tokens")
+
+    one = tokens("one", Config(**settings))
+    for batch_size in (1, 3, 50):
+        name = f"batch{batch_size}"
+        np.testing.assert_array_equal(one, tokens(name, Config(**settings, batch_size=batch_size)))
+    tokens("ranks", Config(**settings), ranks=3)
+    assert contents(tmp_path / "ranks") == contents(tmp_path / "one")
+    more = tokens("more", Config(**{**settings, "number": 40, "samples_per_shard": 40}))
+    np.testing.assert_array_equal(one, more[:30])
+    other = tokens("other", Config(**settings, seed=1))
+    assert (one != other).any(axis=(1, 2)).all()
+
+
+def test_classes_by_name_and_guidance(pictures: Path, tmp_path: Path) -> None:
+    config = Config(number=4, classes=["owl", 0], guidance=3)
+    assert config.guidance.scale == 3
+    sample_folder(pictures, tmp_path / "guided", config)
+    sample_folder(pictures, tmp_path / "plain", Config(number=4, classes=["owl", 0]))
+    guided, plain = Store.open(tmp_path / "guided"), Store.open(tmp_path / "plain")
+    assert guided.read("class").tolist() == [2, 0, 2, 0]
+    assert (guided.read("tokens") != plain.read("tokens")).any()
+
+
+def test_started_again_it_fills_what_is_missing(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Config(number=25, samples_per_shard=5, batch_size=5)
+    sample_folder(pictures, tmp_path / "whole", config)
+    write, written = Store.write, []
+
+    def write_three(store: Store, shard: int, values: Any) -> None:
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        written.append(shard)
+        write(store, shard, values)
+
+    monkeypatch.setattr(Store, "write", write_three)
+    with pytest.raises(KeyboardInterrupt):
+        sample_folder(pictures, tmp_path / "cut", config)
+    assert not (tmp_path / "cut" / "samples.json").exists()
+    monkeypatch.setattr(Store, "write", write)
+    drawn = []
+    block = sample.draw_block
+    monkeypatch.setattr(
+        sample, "draw_block", lambda *args: (drawn.append(args[2]), block(*args))[1]
+    )
+    sample_folder(pictures, tmp_path / "cut", config)
+    assert drawn == [range(15, 20), range(20, 25)]
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    sample_folder(pictures, tmp_path / "cut", config)
+    assert len(drawn) == 2
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_ends_the_same(pictures: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path\n"
+        "from chainrule.jobs.sample import Config, sample_folder\n"
+        "config = Config(number=400, samples_per_shard=10, batch_size=10)\n"
+        "sample_folder(Path(sys.argv[1]), Path(sys.argv[2]), config)\n"
+    )
+    command = [sys.executable, "-c", program, str(pictures), str(tmp_path / "killed")]
+    for shards in (1, 17):
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        while process.poll() is None:
+            if len(list(tmp_path.glob("killed/samples.parts/0*.json"))) >= shards:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+    subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
+    config = Config(number=400, samples_per_shard=10, batch_size=10)
+    sample_folder(pictures, tmp_path / "whole", config)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_texts(text: Path, tmp_path: Path) -> None:
+    prompts: list[str | list[int]] = ["def ", "x", [104, 105]]
+    config = Config(number=6, prompts=prompts, length=20, temperature=0.8)
+    sample_folder(text, tmp_path, config)
+    store = Store.open(tmp_path)
+    texts = [read(tmp_path, i) for i in range(6)]
+    assert [t.startswith(p) for t, p in zip(texts, ["def ", "x", "hi"] * 2, strict=True)]
+    assert store.read("tokens").shape == (6, 24)
+    assert "class" not in store.arrays
+    lengths = store.read("length")
+    for row in range(6):
+        x = torch.from_numpy(store.read("tokens")[row : row + 1, : lengths[row]].astype(np.int64))
+        expected = float(load(text).log_prob(x).detach().sum())
+        assert store.read("log_likelihood")[row] == pytest.approx(expected, rel=1e-5)
+    assert not (store.read("tokens") == 256).any()  # bos is never said
+
+
+def test_text_ends_at_eos_and_at_stop_strings(text: Path, tmp_path: Path) -> None:
+    free = sample_folder(text, tmp_path / "free", Config(number=20, prompts=["a"]))
+    lengths = Store.open(free).read("length")
+    said = Store.open(free).read("tokens")
+    assert ((said == 257).sum(1) <= 1).all()
+    assert [said[i, n - 1] == 257 or n == 60 for i, n in enumerate(lengths)] == [True] * 20
+    texts = [read(free, i) for i in range(20)]
+    stop = next(t[8:10] for t in texts if len(t) > 12 and "�" not in t[8:10])
+    config = Config(number=20, prompts=["a"], stop=[stop])
+    stopped = sample_folder(text, tmp_path / "stopped", config)
+    cut = [read(stopped, i) for i in range(20)]
+    assert cut == [t[:1] + t[1:].split(stop)[0] for t in texts]
+    assert (Store.open(stopped).read("length") < lengths).any()
+
+
+def test_streamed_text_is_the_stored_text(text: Path, tmp_path: Path) -> None:
+    for number, stop in enumerate([[], ["a"], ["ab", "�"]]):
+        config = Config(number=1, prompts=["def "], length=40, stop=stop, seed=3)
+        folder = sample_folder(text, tmp_path / str(number), config)
+        pieces = list(stream_folder(text, config))
+        assert "def " + "".join(pieces) == read(folder, 0)
+        assert stop or len(pieces) > 5
+
+
+def test_sound(tmp_path: Path) -> None:
+    from chainrule.tokenizers.mulaw import MuLawSettings
+
+    tokenizer = MuLawTokenizer(MuLawSettings(), 16000)
+    size = tokenizer.vocabulary["size"]
+    model = build({"family": "llama", "vocabulary_size": size, "context": 50, **TINY}, seed=0)
+    folder = hand_off(tmp_path / "model", model, tokenizer)
+    sample_folder(folder, tmp_path / "out", Config(number=2))
+    audio = Store.open(tmp_path / "out").read("audio")
+    assert audio.shape == (2, 50)
+    assert audio.dtype == np.int16
+    with wave.open(str(tmp_path / "out/audio/00001.wav")) as file:
+        assert file.getframerate() == tokenizer.card()["sample_rate"]
+        frames = np.frombuffer(file.readframes(50), dtype="<i2")
+    np.testing.assert_array_equal(frames, audio[1])
+
+
+def test_real_numbers_without_a_tokenizer(tmp_path: Path) -> None:
+    folder = hand_off(tmp_path / "model", build("made-mog-debug", seed=0), None)
+    sample_folder(folder, tmp_path / "out", Config(number=5))
+    store = Store.open(tmp_path / "out")
+    x = torch.from_numpy(store.read("tokens"))
+    assert x.dtype == torch.float32
+    expected = load(folder).log_prob(x).sum(1).detach().numpy()
+    np.testing.assert_allclose(store.read("log_likelihood"), expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(SamplingError, match="only temperature applies"):
+        sample_folder(folder, tmp_path / "cut", Config(number=5, top_k=3))
+
+
+@pytest.mark.parametrize(
+    ("which", "settings", "message"),
+    [
+        ("pictures", {"classes": [3]}, "no class 3; the model has 3, 0 to 2"),
+        ("pictures", {"classes": ["owk"]}, "no class 'owk'; did you mean 'owl'"),
+        ("pictures", {"prompts": ["hello"]}, "not one of text"),
+        ("pictures", {"length": 5}, "a picture of this model has 16 elements"),
+        ("pictures", {"prompts": [[3, 99]]}, r"token 99 lies outside .* image \[0, 16\)"),
+        ("pictures", {"stop": ["x"]}, "stop strings are for text"),
+        ("text", {"classes": [0]}, "trained without classes"),
+        ("text", {"guidance": 2.0}, "guidance: the model has no classes"),
+        ("text", {"length": 61}, "a model of 60 elements"),
+        ("text", {"prompts": ["x" * 60]}, "a prompt of 60 tokens and 1 more"),
+        ("text", {"prompts": [[258]]}, r"token 258 .* text \[0, 256\), specials \[256, 258\)"),
+    ],
+)
+def test_what_the_model_cannot_do_is_refused_by_name(
+    which: str,
+    settings: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    folder = request.getfixturevalue(which)
+    with pytest.raises(SamplingError, match=message):
+        sample_folder(folder, tmp_path / "out", Config(**settings))
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"top_p": 0}, "top_p"),
+        ({"temperature": -1}, "temperature"),
+        ({"number": 0}, "number"),
+        ({"stop": [""]}, "stop"),
+        ({"guidance": {"scale": 2, "shedule": "linear"}}, "shedule"),
+    ],
+)
+def test_nonsense_is_refused_before_a_model_is_read(settings: dict[str, Any], name: str) -> None:
+    with pytest.raises(pydantic.ValidationError, match=name):
+        Config(**settings)
+
+
+def test_an_altered_model_is_refused(pictures: Path, tmp_path: Path) -> None:
+    import shutil
+
+    weights = shutil.copytree(pictures, tmp_path / "weights")
+    content = bytearray((weights / "weights.safetensors").read_bytes())
+    content[-5] ^= 1
+    (weights / "weights.safetensors").write_bytes(content)
+    with pytest.raises(ArtifactError, match="altered"):
+        sample_folder(weights, tmp_path / "out", Config())
+    tokenizer = shutil.copytree(pictures, tmp_path / "tokenizer")
+    PixelTokenizer(sample_levels(8)).save(tokenizer / "tokenizer")
+    with pytest.raises(SamplingError, match="hand the model off again"):
+        sample_folder(tokenizer, tmp_path / "out", Config())
+    with pytest.raises(ArtifactError, match="no such folder"):
+        sample_folder(tmp_path / "nothing", tmp_path / "out", Config())
+
+
+def test_the_samples_of_another_model_are_not_touched(
+    pictures: Path, text: Path, tmp_path: Path
+) -> None:
+    sample_folder(pictures, tmp_path, Config(number=3))
+    before = contents(tmp_path)
+    ours, theirs = (json.loads((f / "card.json").read_text()) for f in (pictures, text))
+    with pytest.raises(
+        LineageError, match=f"{ours['fingerprint'][:16]}.*{theirs['fingerprint'][:16]}"
+    ):
+        sample_folder(text, tmp_path, Config(number=3))
+    with pytest.raises(StoreError, match="temperature = 1.0, asked for 0.5"):
+        sample_folder(pictures, tmp_path, Config(number=3, temperature=0.5))
+    assert contents(tmp_path) == before
+
+
+def test_neither_trainer_nor_engines_are_imported(pictures: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path\n"
+        "from chainrule.jobs.sample import Config, sample_folder\n"
+        "sample_folder(Path(sys.argv[1]), Path(sys.argv[2]), Config(number=2))\n"
+        "heavy = ('deepspeed', 'accelerate', 'transformers', 'mlflow', 'sklearn', 'webdataset',\n"
+        "         'chainrule.pipeline.training', 'chainrule.pipeline.launch')\n"
+        "print([m for m in sys.modules if m.startswith(heavy)])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(pictures), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_an_opened_source_is_ready_to_draw(pictures: Path) -> None:
+    source = open_source(pictures, "cpu")
+    assert not source.model.training
+    assert source.elements == 16
