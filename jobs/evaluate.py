@@ -107,6 +107,11 @@ def likelihood(
 ) -> None:
     """Score the split, then say what the sums are."""
     _same_tokenizer(source, tokens, stage)
+    _same_data(tokens, stage)
+    if config.stride is not None and config.stride > source.elements:
+        raise StageFailed(
+            f"stride {config.stride} is more than the model's context of {source.elements}"
+        )
     samples = min(config.limit or tokens.samples, tokens.samples)
     parts = Parts(stage.folder, tokens.lengths[:samples], stage.rank, stage.world_size)
     todo = parts.resume()
@@ -165,6 +170,26 @@ def _same_tokenizer(source: Source, tokens: HeldOut, stage: Stage) -> None:
         raise StageFailed(
             f"{tokens.shards.folder}: a vocabulary of {tokens.vocabulary.size}, "
             f"the model's has {size}; pretokenize with the model's tokenizer"
+        )
+
+
+def _same_data(tokens: HeldOut, stage: Stage) -> None:
+    """The raw data, where given, is what the tokens were made from."""
+    data = stage.optional("data")
+    if data is None:
+        return
+    if data.index["modality"] != tokens.modality:
+        raise StageFailed(
+            f"{data.folder}: holds {data.index['modality']}, the tokens are of {tokens.modality}"
+        )
+    made_from = tokens.shards.index.get("source")
+    if made_from and data.fingerprint:
+        require_same(
+            "raw data and tokens",
+            made_from,
+            str(tokens.shards.folder),
+            data.fingerprint,
+            str(data.folder),
         )
 
 
