@@ -8,7 +8,7 @@ Any number of ranks work side by side, each on zarr shards of its own. Sample i 
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -37,7 +37,7 @@ from chainrule.pipeline.sampling.sampler import (
     pack_prompts,
 )
 from chainrule.pipeline.sampling.store import Layout, Store
-from chainrule.pipeline.sampling.text import StopStrings, cut_at, stream
+from chainrule.pipeline.sampling.text import StopStrings, cut_at
 from chainrule.pipeline.sampling.uniforms import sample_seeds
 from chainrule.pipeline.stage import Input, Stage
 
@@ -319,26 +319,6 @@ def sample_folder(model_folder: Path, out_folder: Path, config: Config) -> Path:
     )
     main(config, stage)
     return Path(out_folder)
-
-
-def stream_folder(model_folder: Path, config: Config) -> Iterator[str]:
-    """The first sample's text, piece by piece as it is drawn; nothing is written.
-
-    The pieces joined, after the prompt, are the text that `sample_folder` stores for sample 0.
-    """
-    source = open_source(Path(model_folder), config.device, config.dtype)
-    request = settle(config, source)
-    if source.modality != "text" or source.tokenizer is None:
-        raise SamplingError(f"{model_folder}: not a model of text: only text is streamed")
-    yield from stream(
-        source.model,
-        source.tokenizer,
-        request.prompts[0],
-        request.length,
-        request.rules,
-        config.seed,
-        config.stop,
-    )
 
 
 def _batches(rows: range, size: int) -> list[range]:

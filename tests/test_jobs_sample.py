@@ -16,12 +16,13 @@ import torch
 from PIL import Image
 
 from chainrule.jobs import sample
-from chainrule.jobs.sample import Config, main, open_source, sample_folder, stream_folder
+from chainrule.jobs.sample import Config, main, open_source, sample_folder, settle
 from chainrule.pipeline import build, load
 from chainrule.pipeline.artifact import Artifact, ArtifactError, LineageError
 from chainrule.pipeline.models.folder import save
 from chainrule.pipeline.sampling.sampler import SamplingError
 from chainrule.pipeline.sampling.store import Store, StoreError
+from chainrule.pipeline.sampling.text import stream
 from chainrule.pipeline.stage import Stage
 from chainrule.tokenizers.bytes import ByteTokenizer
 from chainrule.tokenizers.mulaw import MuLawTokenizer
@@ -240,12 +241,18 @@ def test_text_ends_at_eos_and_at_stop_strings(text: Path, tmp_path: Path) -> Non
 
 
 def test_streamed_text_is_the_stored_text(text: Path, tmp_path: Path) -> None:
+    source = open_source(text)
     for number, stop in enumerate([[], ["a"], ["ab", "�"]]):
-        config = Config(number=1, prompts=["def "], length=40, stop=stop, seed=3)
+        config = Config(number=3, prompts=["def ", "x"], length=40, stop=stop, seed=3)
         folder = sample_folder(text, tmp_path / str(number), config)
-        pieces = list(stream_folder(text, config))
-        assert "def " + "".join(pieces) == read(folder, 0)
-        assert stop or len(pieces) > 5
+        request = settle(config, source)
+        for i in range(3):
+            prompt = request.prompts[i % 2]
+            pieces = list(
+                stream(source.model, source.tokenizer, prompt, 40, request.rules, 3, stop, index=i)
+            )
+            assert ["def ", "x"][i % 2] + "".join(pieces) == read(folder, i)
+            assert stop or len(pieces) > 5
 
 
 def test_sound(tmp_path: Path) -> None:
