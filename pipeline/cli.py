@@ -15,9 +15,18 @@ from typing import Annotated, Any
 
 import typer
 
-from chainrule.pipeline import heartbeat, launch, slurm_job
+from chainrule.pipeline import heartbeat, launch, ranks, slurm_job, stage_run
 from chainrule.pipeline.config import RequestError
-from chainrule.pipeline.stage import StageFailed, StageInterrupted
+from chainrule.pipeline.stage import (
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    REQUEUE,
+    WRONG_REQUEST,
+    StageFailed,
+    StageInterrupted,
+    say,
+)
 
 app = typer.Typer(
     name="chainrule",
@@ -64,7 +73,7 @@ def run(
     ] = False,
 ) -> None:
     """Run what is not fresh, and say why."""
-    from chainrule.pipeline.graph import load_pipeline
+    from chainrule.pipeline.pipeline_file import load_pipeline
 
     pipeline = load_pipeline(config, overrides, runs)
     selection = launch.Selection(
@@ -73,7 +82,7 @@ def run(
     if dry_run:
         for plan in launch.decide(pipeline, selection):
             what = "run " if plan.runs else "keep"
-            launch.say(f"{what} {plan.name}  {plan.state}: {plan.reason}")
+            say(f"{what} {plan.name}  {plan.state}: {plan.reason}")
         _print_yaml(pipeline)
         return
     raise typer.Exit(launch.run_pipeline(pipeline, selection, _write_report))
@@ -82,7 +91,7 @@ def run(
 def _write_report(pipeline: Any) -> None:
     from chainrule.pipeline.report import write_report
 
-    launch.say(f"report: {write_report(pipeline.root)}")
+    say(f"report: {write_report(pipeline.root)}")
 
 
 def _print_yaml(pipeline: Any) -> None:
@@ -101,19 +110,19 @@ def stage(
     runs: RunsOption = None,
 ) -> None:
     """Run one stage as one rank (RANK and WORLD_SIZE, or srun's variables); used by scripts."""
-    from chainrule.pipeline.graph import load_pipeline
+    from chainrule.pipeline.pipeline_file import load_pipeline
 
-    launch.die_with_parent()
+    ranks.die_with_parent()
     slurm_job.require_seen()
     for number in (signal.SIGTERM, signal.SIGUSR1):  # a job that can save more sets its own
         signal.signal(number, _interrupt_stage)
-    heartbeat.watch_if_asked(launch.REQUEUE)
+    heartbeat.watch_if_asked(REQUEUE)
     pipeline = load_pipeline(config, overrides, runs)
     launch.Selection(only=(name,)).stages(pipeline)
     if slurm_job.restarted() and str(pipeline.state(name)[0]) == "fresh":
-        launch.say(f"{name}: the attempt before published it; nothing is left to do")
+        say(f"{name}: the attempt before published it; nothing is left to do")
         return
-    launch.run_here(pipeline, name, launch.Rank.from_environment())
+    stage_run.run_here(pipeline, name, stage_run.Rank.from_environment())
 
 
 def _interrupt_stage(number: int, frame: Any) -> None:
@@ -144,7 +153,8 @@ def submit(
 ) -> None:
     """Queue on Slurm what is not fresh, in order, and return."""
     from chainrule.pipeline import slurm
-    from chainrule.pipeline.graph import load_pipeline, stage_jobs
+    from chainrule.pipeline.catalogue import stage_jobs
+    from chainrule.pipeline.pipeline_file import load_pipeline
     from chainrule.pipeline.submit import shell, submit as queue
 
     pipeline = load_pipeline(config, overrides, runs)
@@ -154,13 +164,13 @@ def submit(
     )
     for decision in queue(pipeline, cluster, selection, dry_run=dry_run):
         if decision.line is None:
-            launch.say(f"keep  {decision.stage}  {decision.reason}")
+            say(f"keep  {decision.stage}  {decision.reason}")
         elif dry_run:
-            launch.say(f"queue {decision.stage}  {decision.reason}")
+            say(f"queue {decision.stage}  {decision.reason}")
             typer.echo(shell(decision))
         else:
             after = f", after {', '.join(decision.after)}" if decision.after else ""
-            launch.say(f"queue {decision.stage}  {decision.reason}: job {decision.job}{after}")
+            say(f"queue {decision.stage}  {decision.reason}: job {decision.job}{after}")
 
 
 @app.command()
@@ -174,7 +184,7 @@ def status(
     ] = False,
 ) -> None:
     """The state of each stage and why, with its Slurm job where it has one."""
-    from chainrule.pipeline.graph import load_pipeline
+    from chainrule.pipeline.pipeline_file import load_pipeline
     from chainrule.pipeline.slurm_status import add_jobs
     from chainrule.pipeline.status import is_settled, stage_rows, table
 
@@ -200,7 +210,7 @@ def report(
     runs: RunsOption = None,
 ) -> None:
     """Write one self-contained report.html of a pipeline's runs."""
-    from chainrule.pipeline.graph import load_pipeline
+    from chainrule.pipeline.pipeline_file import load_pipeline
     from chainrule.pipeline.report import write_report
 
     pipeline = load_pipeline(config, overrides, runs)
@@ -212,7 +222,7 @@ def report(
 @app.command()
 def schema() -> None:
     """Print the JSON schema of pipeline files, for editors that complete YAML."""
-    from chainrule.pipeline.graph import json_schema
+    from chainrule.pipeline.catalogue import json_schema
 
     typer.echo(json.dumps(json_schema(), indent=1))
 
@@ -252,30 +262,30 @@ def _main() -> int:
     importlib.import_module("chainrule.pipeline.cli_model")  # adds its commands to `app`
     try:
         result = app(standalone_mode=False)
-        return int(result) if isinstance(result, int) else launch.DONE
+        return int(result) if isinstance(result, int) else DONE
     except UsageError as error:
         where = f" ({error.ctx.command_path} --help)" if error.ctx is not None else ""
-        launch.say(f"error: {error.format_message()}{where}")
-        return launch.WRONG_REQUEST
+        say(f"error: {error.format_message()}{where}")
+        return WRONG_REQUEST
     except typer.Exit as error:
         return int(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        launch.say("interrupted; the same command goes on from where it stopped")
-        return launch.INTERRUPTED
+        say("interrupted; the same command goes on from where it stopped")
+        return INTERRUPTED
     except RequestError as error:
-        launch.say(f"error: {error}")
-        return launch.WRONG_REQUEST
+        say(f"error: {error}")
+        return WRONG_REQUEST
     except StageInterrupted as error:
-        launch.say(f"{error}; the same command goes on from there")
-        return launch.REQUEUE
+        say(f"{error}; the same command goes on from there")
+        return REQUEUE
     except StageFailed as error:
-        launch.say(f"error: {error}")
-        return launch.FAILED
+        say(f"error: {error}")
+        return FAILED
     except BrokenPipeError:
-        return launch.DONE
+        return DONE
     except Exception as error:  # noqa: BLE001 (the last handler: the traceback is printed)
         import traceback
 
         traceback.print_exc()
-        launch.say(f"error: {type(error).__name__}: {error}")
-        return launch.FAILED
+        say(f"error: {type(error).__name__}: {error}")
+        return FAILED

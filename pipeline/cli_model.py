@@ -14,12 +14,11 @@ import pydantic
 import typer
 import yaml
 
-from chainrule.pipeline import launch
 from chainrule.pipeline.artifact import Artifact, ArtifactError
+from chainrule.pipeline.catalogue import job_module
 from chainrule.pipeline.cli import ModelArgument, app
 from chainrule.pipeline.config import RequestError, explain
-from chainrule.pipeline.graph import job_module
-from chainrule.pipeline.stage import Stage
+from chainrule.pipeline.stage import DONE, FAILED, Stage
 
 JobSetOption = Annotated[
     list[str] | None,
@@ -217,9 +216,7 @@ def verify(
     """Read the ledger of a pretraining run: samples skipped and repeated; exit 1 unless 0 and 0."""
     if not run.is_dir():
         raise ArtifactError(f"{run}: no such folder")
-    raise typer.Exit(
-        launch.DONE if job_module_by_verb("verify").main(run, typer.echo) else launch.FAILED
-    )
+    raise typer.Exit(DONE if job_module_by_verb("verify").main(run, typer.echo) else FAILED)
 
 
 def job_module_by_verb(verb: str) -> Any:

@@ -118,7 +118,7 @@ def _keys_in(value: Any, location: tuple) -> tuple:
     """The parts of a location that are keys of `value`: pydantic adds the tags of unions."""
     if value is None:
         return tuple(location)
-    keys = []
+    keys: list[Any] = []
     for i, part in enumerate(location):
         last = i == len(location) - 1
         if isinstance(value, dict) and (part in value or last):

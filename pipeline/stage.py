@@ -6,6 +6,7 @@ finds there what an earlier attempt left. It logs through the stage and never pr
 
 import json
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +20,22 @@ if TYPE_CHECKING:
     from chainrule.pipeline.tracking import Tracker
 
 
+DONE, FAILED, WRONG_REQUEST, REQUEUE = 0, 1, 2, 75
+"""Exit codes. 75 (EX_TEMPFAIL): state is saved, run me again."""
+INTERRUPTED = 130
+
+
 class StageFailed(Exception):
     """A stage cannot go on (exit code 1): one or two lines naming what, where, remedy."""
 
 
 class StageInterrupted(Exception):
     """The stage saved its state after a signal and asks to be requeued (exit code 75)."""
+
+
+def say(line: str) -> None:
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
 
 
 @dataclass(frozen=True)

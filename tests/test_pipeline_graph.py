@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from chainrule.pipeline import artifact, graph, launch
+from chainrule.pipeline import artifact, catalogue, graph, launch, pipeline_file, stage_run
 from chainrule.pipeline.config import RequestError, Settings, runtime
-from chainrule.pipeline.graph import State, load_pipeline
+from chainrule.pipeline.graph import State
 from chainrule.pipeline.launch import Selection
+from chainrule.pipeline.pipeline_file import load_pipeline
 from chainrule.pipeline.stage import Input, Stage, StageFailed
 
 
@@ -58,7 +59,7 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def job_module(name: str) -> SimpleNamespace:
         if name not in JOBS:
-            raise RequestError(f"unknown job '{name}'{graph.nearest(name, list(JOBS))}")
+            raise RequestError(f"unknown job '{name}'{pipeline_file.nearest(name, list(JOBS))}")
         return JOBS[name]
 
     class Silent:
@@ -69,8 +70,10 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> None:
         def __getattr__(self, name: str):
             return lambda *args: None
 
-    monkeypatch.setattr(graph, "job_module", job_module)
+    monkeypatch.setattr(catalogue, "job_module", job_module)
+    monkeypatch.setattr(pipeline_file, "job_module", job_module)
     monkeypatch.setattr(launch, "Tracker", Silent)
+    monkeypatch.setattr(stage_run, "Tracker", Silent)
 
 
 TEXT = """\
