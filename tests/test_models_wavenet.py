@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from chainrule.pipeline.models.registry import build
-from chainrule.pipeline.models.wavenet import REWINDABLE
+from chainrule.pipeline.models.wavenet_cursor import REWINDABLE
 
 
 def continuous(**changes):
