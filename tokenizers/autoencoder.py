@@ -38,7 +38,10 @@ class Autoencoder(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Quantized]:
         """Pixels (B, C, H, W) in [-1, 1] to their reconstruction and the quantised features."""
-        quantized = self.quantizer(self.encoder(x))
+        features = self.encoder(x)
+        # distances between features and codes want float32 whatever the rest computes in
+        with torch.autocast(features.device.type, enabled=False):
+            quantized = self.quantizer(features.float())
         return self.decoder(quantized.z), quantized
 
     def encode(self, x: Tensor) -> Tensor:

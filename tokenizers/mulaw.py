@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field
 
 from chainrule.tokenizers.interface import (
     Tokenizer,
@@ -30,15 +29,16 @@ MU = 255
 class MuLawSettings(TokenizerSettings):
     kind: Literal["mulaw"] = "mulaw"
     bits: Literal[8, 16] = 8
-    sample_rate: int = Field(16000, ge=1, description="Hz; other recordings are resampled")
 
 
 class MuLawTokenizer(Tokenizer):
     kind = "mulaw"
     modality = "audio"
 
-    def __init__(self, settings: MuLawSettings) -> None:
+    def __init__(self, settings: MuLawSettings, sample_rate: int) -> None:
+        """`sample_rate`: Hz of every recording that comes in (ingest resamples) and goes out."""
         self.settings = settings
+        self.sample_rate = sample_rate
 
     @property
     def vocabulary(self) -> dict[str, Any]:
@@ -46,7 +46,8 @@ class MuLawTokenizer(Tokenizer):
 
     @property
     def fingerprint(self) -> str:
-        return fingerprint_of(self.settings.model_dump(mode="json"), {})
+        decisive = {**self.settings.model_dump(mode="json"), "sample_rate": self.sample_rate}
+        return fingerprint_of(decisive, {})
 
     def encode(self, batch: Sequence[np.ndarray]) -> list[np.ndarray]:
         return [self._encode(np.asarray(samples)) for samples in batch]
@@ -83,7 +84,7 @@ class MuLawTokenizer(Tokenizer):
             "modality": self.modality,
             "vocabulary": self.vocabulary,
             "settings": self.settings.model_dump(mode="json"),
-            "sample_rate": self.settings.sample_rate,
+            "sample_rate": self.sample_rate,
             "tokens_per_sample": 2 if self.settings.bits == 16 else 1,
             "fingerprint": self.fingerprint,
         }
@@ -96,10 +97,9 @@ class MuLawTokenizer(Tokenizer):
     def load(cls, folder: Path, device: str = "cpu") -> "MuLawTokenizer":
         card = read_card(folder)
         try:
-            tokenizer = cls(MuLawSettings.model_validate(card.get("settings")))
-        except ValueError:
-            raise TokenizerError(
-                f"{folder / 'card.json'}: settings are not those of mulaw"
-            ) from None
+            settings = MuLawSettings.model_validate(card.get("settings"))
+            tokenizer = cls(settings, int(card["sample_rate"]))
+        except (ValueError, KeyError):
+            raise TokenizerError(f"{folder / 'card.json'}: not a card of mulaw") from None
         require_fingerprint(folder, card, tokenizer.fingerprint)
         return tokenizer

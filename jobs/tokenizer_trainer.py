@@ -1,0 +1,228 @@
+"""The state of a learned tokenizer's training: model, optimiser, statistics, checkpoints.
+
+One process, or ranks of torch.distributed (gloo on CPUs, NCCL on GPUs): each rank takes
+its rows of the batch, gradients are averaged after backward, and the quantizers sum their
+own statistics, so that n ranks train what one would, but for rounding.
+"""
+
+import math
+import shutil
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from chainrule.pipeline.data.image_batches import ImageBatches
+from chainrule.pipeline.stage import Stage, StageFailed
+from chainrule.pipeline.training.checkpoints import Checkpoint, CheckpointWriter, newest, snapshot
+from chainrule.tokenizers.autoencoder import Autoencoder, AutoencoderTokenizer, to_pixels
+from chainrule.tokenizers.vqvae import VQVAETokenizer
+
+LEARNED: dict[str, type[AutoencoderTokenizer]] = {"vqvae": VQVAETokenizer}
+CHECKPOINTS = "checkpoints"
+START_VECTORS_A_CODE = 8
+"""k-means of a codebook's start sees about so many features for each code..."""
+MOST_START_BATCHES = 64
+"""...from at most so many batches."""
+
+
+class Trainer:
+    def __init__(
+        self, config: Any, stage: Stage, batches: ImageBatches, pixel_variance: float
+    ) -> None:
+        self.config, self.stage, self.batches = config, stage, batches
+        self.variance = pixel_variance
+        self.device = _device(config.device, stage)
+        first = batches.batch(0)
+        self.channels = first.shape[3]
+        self.resolution = (first.shape[1], first.shape[2])
+        self.tokenizer_class = LEARNED[config.tokenizer.kind]
+        torch.manual_seed(config.seed)
+        model = self.tokenizer_class.build(config.tokenizer, self.channels)
+        self.model: Autoencoder = model.to(self.device)
+        # refuses a resolution that the factor does not divide before a step is made
+        self.tokenizer().token_grid(*self.resolution)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(
+            self.parameters, config.learning_rate, tuple(config.betas), fused=True
+        )
+        self.counts = torch.zeros(config.tokenizer.codebook_size, device=self.device)
+        self.checkpoints = stage.folder / CHECKPOINTS
+        self._writer: CheckpointWriter | None = None
+
+    def __enter__(self) -> "Trainer":
+        if self.stage.world_size > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._writer is not None:
+            self._writer.wait()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    # --- steps ------------------------------------------------------------------------
+
+    def step(self, step: int, images: np.ndarray) -> dict[str, float]:
+        """One update (`step` counts from 1) on this rank's rows; figures of the global batch."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * self.config.schedule.factor(
+                step - 1, self.config.steps
+            )
+        self.model.train()
+        x = to_pixels(images).to(self.device, non_blocking=True)
+        with self._autocast():
+            reconstruction, quantized = self.model(x)
+        error = (reconstruction.float() - x).square().mean()
+        loss = error / self.variance + quantized.loss
+        self.optimizer.zero_grad()
+        loss.backward()
+        self._average_gradients()
+        self.optimizer.step()
+        with torch.no_grad():
+            self.counts += torch.bincount(quantized.codes.flatten(), minlength=len(self.counts))
+            figures = torch.stack([loss.detach(), error.detach(), quantized.commitment])
+            if self.stage.world_size > 1:
+                dist.all_reduce(figures)
+                figures /= self.stage.world_size
+        total, mean_error, commitment = figures.tolist()
+        if not math.isfinite(total):
+            raise StageFailed(
+                f"stage '{self.stage.name}': loss {total} at step {step}; lower learning_rate "
+                f"{self.config.learning_rate:g}, or take precision fp32"
+            )
+        return {
+            "loss": total,
+            "reconstruction": mean_error / self.variance,
+            "psnr": 10 * math.log10(4 / max(mean_error, 1e-12)),
+            "commitment": commitment,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+        }
+
+    def window(self) -> dict[str, float]:
+        """Codebook usage and perplexity over the steps since the last call."""
+        counts = self.counts.clone()
+        if self.stage.world_size > 1:
+            dist.all_reduce(counts)
+        self.counts.zero_()
+        p = counts / counts.sum().clamp_min(1)
+        entropy = -(p * p.clamp_min(1e-12).log()).sum()
+        return {
+            "codebook_usage": float((counts > 0).float().mean()),
+            "codebook_perplexity": float(entropy.exp()),
+        }
+
+    def watch(self, step: int) -> None:
+        """Nothing to watch without a discriminator."""
+
+    def tokenizer(self) -> AutoencoderTokenizer:
+        """The tokenizer as it stands (its module is the one in training)."""
+        return self.tokenizer_class(
+            self.config.tokenizer, self.channels, self.resolution, self.model
+        )
+
+    def _autocast(self) -> AbstractContextManager:
+        if self.config.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def _average_gradients(self) -> None:
+        if self.stage.world_size == 1:
+            return
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in gradients])
+        dist.all_reduce(flat)
+        flat /= self.stage.world_size
+        for gradient, part in zip(
+            gradients, flat.split([g.numel() for g in gradients]), strict=True
+        ):
+            gradient.copy_(part.view_as(gradient))
+
+    # --- start, stop, go on -------------------------------------------------------------
+
+    def resume(self) -> int:
+        """Steps done: those of the newest whole checkpoint, or 0 after the codebook's start."""
+        found = newest(self.checkpoints) if self.checkpoints.is_dir() else None
+        if found is None:
+            self.stage.rewind_log(-1)
+            self._start_codebook()
+            return 0
+        self._restore(found)
+        self.stage.rewind_log(found.step)
+        return found.step
+
+    @torch.no_grad()
+    def _start_codebook(self) -> None:
+        """Codes begin at k-means of the untrained encoder's features of the first batches."""
+        self.model.eval()
+        wanted = START_VECTORS_A_CODE * self.config.tokenizer.codebook_size
+        features: list[Tensor] = []
+        for step in range(MOST_START_BATCHES):
+            x = to_pixels(self.batches.batch(step)).to(self.device)
+            features.append(self.model.encoder(x))
+            z = features[-1]
+            per_batch = z.shape[0] * z.shape[2] * z.shape[3] * self.stage.world_size
+            if per_batch * len(features) >= wanted:
+                break
+        # gathered batch by batch: rank order inside a batch is the order of one rank's batch
+        whole = torch.cat([self.model.quantizer.gather_start(z) for z in features])
+        generator = torch.Generator().manual_seed(self.config.seed)
+        self.model.quantizer.start(whole, generator)
+
+    def save(self, step: int) -> None:
+        """Model, moments and statistics, complete or absent; rank 0 writes."""
+        counts = self.counts.clone()
+        if self.stage.world_size > 1:
+            dist.all_reduce(counts)
+        if not self.stage.is_main:
+            return
+        if self._writer is None:
+            self._writer = CheckpointWriter(self.checkpoints)
+        tensors = {f"model/{n}": snapshot(t) for n, t in self.model.state_dict().items()}
+        tensors |= _moments("optimizer", self.optimizer)
+        tensors["window/counts"] = snapshot(counts)
+        self._writer.save(step, tensors, {"step": step}, best=None)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        self.model.load_state_dict(dict(checkpoint.tensors("model")))
+        _load_moments(self.optimizer, dict(checkpoint.tensors("optimizer")))
+        counts = dict(checkpoint.tensors("window"))["counts"].to(self.device)
+        # summed over ranks when saved: one rank takes it up
+        self.counts = counts if self.stage.is_main else torch.zeros_like(counts)
+
+    @staticmethod
+    def forget(stage: Stage) -> None:
+        """Remove the checkpoints: the finished tokenizer stands in their place."""
+        if stage.is_main:
+            shutil.rmtree(stage.folder / CHECKPOINTS, ignore_errors=True)
+
+
+def _device(wanted: str, stage: Stage) -> torch.device:
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda" and stage.world_size > 1:
+        import os
+
+        wanted = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        torch.cuda.set_device(wanted)
+    return torch.device(wanted)
+
+
+def _moments(name: str, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """An Adam's state by parameter number: `<name>/3.exp_avg`, ..."""
+    return {
+        f"{name}/{number}.{key}": snapshot(value)
+        for number, state in optimizer.state_dict()["state"].items()
+        for key, value in state.items()
+    }
+
+
+def _load_moments(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        number, key = name.split(".")
+        state.setdefault(int(number), {})[key] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

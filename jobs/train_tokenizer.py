@@ -1,0 +1,328 @@
+"""train_tokenizer: raw shards -> a tokenizer folder.
+
+    learned   vqvae, vqgan     the loop below: steps, checkpoints, codebook health at the end
+    fitted    sentencepiece, characters, palette     one pass over a sample of the data
+    fixed     bytes, pixels, mulaw                   nothing to learn: the card alone
+
+A learned tokenizer resumes from its last checkpoint with the losses and the weights of a
+run that was never stopped: batch s is a function of (seed, s), and the state holds all else.
+`card.json` is written last; where it is there, the work is done.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+
+from chainrule.jobs.tokenizer_trainer import LEARNED, Trainer
+from chainrule.pipeline.artifact import Artifact
+from chainrule.pipeline.config import Settings, runtime
+from chainrule.pipeline.data.image_batches import ImageBatches
+from chainrule.pipeline.data.order import Permutation
+from chainrule.pipeline.data.reader import Shards
+from chainrule.pipeline.stage import Input, Stage, StageFailed
+from chainrule.pipeline.training.schedules import ScheduleSettings
+from chainrule.tokenizers.bytes import ByteSettings, ByteTokenizer
+from chainrule.tokenizers.characters import CharacterSettings, CharacterTokenizer
+from chainrule.tokenizers.health import measure, sheet
+from chainrule.tokenizers.interface import Tokenizer, TokenizerError, read_card
+from chainrule.tokenizers.mulaw import MuLawSettings, MuLawTokenizer
+from chainrule.tokenizers.palette import PaletteSettings, PaletteTokenizer
+from chainrule.tokenizers.pixels import PixelSettings, PixelTokenizer
+from chainrule.tokenizers.text import SentencePieceSettings, SentencePieceTokenizer
+from chainrule.tokenizers.vqvae import VQVAESettings
+
+INPUTS: dict[str, Input] = {"data": Input(("ingest",))}
+
+AnySettings = Annotated[
+    VQVAESettings
+    | PaletteSettings
+    | SentencePieceSettings
+    | ByteSettings
+    | CharacterSettings
+    | MuLawSettings
+    | PixelSettings,
+    Field(discriminator="kind"),
+]
+MODALITY = {
+    "vqvae": "image",
+    "vqgan": "image",
+    "palette": "image",
+    "pixels": "image",
+    "sentencepiece": "text",
+    "bytes": "text",
+    "characters": "text",
+    "mulaw": "audio",
+}
+SHOWN = 16
+"""Pictures on a sheet of reconstructions."""
+
+
+class Config(Settings):
+    tokenizer: AnySettings
+    seed: int = 0
+    steps: int = Field(1000, ge=1)
+    batch_size: int = Field(32, ge=1, description="images a step, over all ranks")
+    learning_rate: float = Field(3e-4, gt=0)
+    betas: tuple[float, float] = Field((0.9, 0.999), description="of Adam")
+    schedule: ScheduleSettings = ScheduleSettings(name="wsd", decay=0.3, floor=0.01)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    crop: int | None = Field(None, ge=1, description="train on random windows of this side")
+    flip: bool = Field(False, description="mirror training images at random")
+    checkpoint_every: int = runtime(500, ge=1, description="steps")
+    validate_every: int = runtime(1000, ge=1, description="steps")
+    log_every: int = runtime(50, ge=1, description="steps")
+    device: str = runtime("auto", description="auto: a GPU where there is one")
+    workers: int = runtime(1, ge=1, description="threads that decode images")
+    cache_bytes: int = runtime(1 << 30, ge=0, description="decoded images kept in memory")
+
+    @model_validator(mode="after")
+    def _only_what_is_read(self) -> "Config":
+        if not isinstance(self.tokenizer, VQVAESettings):
+            unread = sorted(self.model_fields_set & _OF_LEARNED)
+            if unread:
+                raise ValueError(
+                    f"'{unread[0]}' has no meaning for tokenizer kind {self.tokenizer.kind}: "
+                    "remove it"
+                )
+        elif self.crop is not None and self.crop % self.tokenizer.downsampling:
+            raise ValueError(
+                f"crop {self.crop} is not divisible by downsampling {self.tokenizer.downsampling}"
+            )
+        return self
+
+
+_OF_LEARNED = {
+    "steps",
+    "batch_size",
+    "learning_rate",
+    "betas",
+    "schedule",
+    "precision",
+    "crop",
+    "flip",
+    "checkpoint_every",
+    "validate_every",
+    "log_every",
+}
+
+
+def main(config: Config, stage: Stage) -> None:
+    data = stage.input("data")
+    if (stage.folder / "card.json").is_file():
+        _summarise(stage, read_card(stage.folder))
+        Trainer.forget(stage)
+        return
+    shards = Shards.open(data.folder)
+    kind = config.tokenizer.kind
+    if shards.modality != MODALITY[kind]:
+        raise StageFailed(
+            f"{data.folder}: holds {shards.modality}; tokenizer kind {kind} is for {MODALITY[kind]}"
+        )
+    if kind in LEARNED:
+        tokenizer = train(config, stage, shards)
+    elif not stage.is_main:
+        return
+    else:
+        try:
+            tokenizer = fit(config, shards)
+        except TokenizerError as error:
+            raise StageFailed(f"{data.folder}: {error}") from None
+    if stage.is_main:
+        finish(config, stage, data, shards, tokenizer)
+        Trainer.forget(stage)
+
+
+# --- learned ----------------------------------------------------------------------------
+
+
+def train(config: Config, stage: Stage, shards: Shards) -> Tokenizer:
+    """The loop: one step is one optimiser update (two with a discriminator)."""
+    batches = ImageBatches(
+        shards,
+        config.batch_size,
+        config.seed,
+        crop=config.crop,
+        flip=config.flip,
+        cache_bytes=config.cache_bytes,
+        rank=stage.rank,
+        world_size=stage.world_size,
+    )
+    with Trainer(config, stage, batches, pixel_variance(shards)) as trainer:
+        start = trainer.resume()
+        with stage.progress(config.steps, "steps", start) as progress:
+            for step, images in enumerate(
+                batches.iterate(start, config.steps, config.workers), start + 1
+            ):
+                figures = trainer.step(step, images)
+                progress.update(1, loss=figures["loss"])
+                if step % config.log_every == 0 or step == config.steps:
+                    stage.log(step, **figures, **trainer.window())
+                if step % config.validate_every == 0 and step < config.steps and stage.is_main:
+                    health = measure(trainer.tokenizer(), validation(shards))
+                    stage.log(step, **{f"validation_{k}": v for k, v in health.items()})
+                trainer.watch(step)
+                if step % config.checkpoint_every == 0 and step < config.steps:
+                    trainer.save(step)
+        return trainer.tokenizer()
+
+
+def pixel_variance(shards: Shards, images: int = 1024) -> float:
+    """Variance of training pixels on the scale [-1, 1], from evenly spaced images.
+
+    It puts the reconstruction error on the scale of the papers (normalised MSE).
+    """
+    n = shards.count("train")
+    total = squares = 0.0
+    count = 0
+    for i in np.unique(np.linspace(0, n - 1, min(n, images)).astype(int)).tolist():
+        sample = shards.read("train", i)
+        if sample is None:
+            continue
+        x = sample.image().astype(np.float64) / 127.5 - 1
+        total, squares, count = total + x.sum(), squares + (x**2).sum(), count + x.size
+    variance = squares / count - (total / count) ** 2
+    return float(max(variance, 1e-6))
+
+
+def validation(shards: Shards, batch: int = 64) -> Iterator[list[np.ndarray]]:
+    """All validation images, in batches; those of train where there is no validation."""
+    split = "validation" if shards.count("validation") else "train"
+    images: list[np.ndarray] = []
+    for sample in shards.iterate(split):
+        images.append(sample.image())
+        if len(images) == batch:
+            yield images
+            images = []
+    if images:
+        yield images
+
+
+# --- fitted and fixed -------------------------------------------------------------------
+
+
+def fit(config: Config, shards: Shards) -> Tokenizer:
+    settings = config.tokenizer
+    if isinstance(settings, SentencePieceSettings):
+        return SentencePieceTokenizer.train(
+            settings, texts(shards, config.seed, settings.sample_bytes)
+        )
+    if isinstance(settings, CharacterSettings):
+        return CharacterTokenizer.train(sample.text() for sample in shards.iterate("train"))
+    if isinstance(settings, PaletteSettings):
+        pixels = sample_pixels(shards, config.seed, settings.sample_pixels)
+        return PaletteTokenizer.train(settings, pixels, config.seed)
+    if isinstance(settings, MuLawSettings):
+        return MuLawTokenizer(settings, next(shards.iterate("train")).audio()[1])
+    if isinstance(settings, PixelSettings):
+        return PixelTokenizer(settings)
+    assert isinstance(settings, ByteSettings)
+    return ByteTokenizer()
+
+
+def texts(shards: Shards, seed: int, limit: int) -> Iterator[str]:
+    """Training documents in an order drawn by the seed, until `limit` UTF-8 bytes."""
+    n, taken = shards.count("train"), 0
+    order = Permutation(n, seed)
+    for position in range(n):
+        sample = shards.read("train", int(order[np.array(position)]))
+        if sample is None:
+            continue
+        yield sample.text()
+        taken += len(sample.members["txt"])
+        if taken >= limit:
+            return
+
+
+def sample_pixels(shards: Shards, seed: int, limit: int) -> np.ndarray:
+    """uint8 (N, C): pixels of training images, each image giving about the same number."""
+    n = shards.count("train")
+    order = Permutation(n, seed)
+    share = math.ceil(limit / n)
+    taken = []
+    left = limit
+    for position in range(n):
+        sample = shards.read("train", int(order[np.array(position)]))
+        if sample is None or left <= 0:
+            continue
+        pixels = sample.image().reshape(-1, sample.image().shape[2])
+        if len(pixels) > share:
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + position)
+            keep = torch.randperm(len(pixels), generator=generator)[:share]
+            pixels = pixels[keep.numpy()]
+        taken.append(pixels)
+        left -= len(pixels)
+    if len({pixels.shape[1] for pixels in taken}) > 1:
+        raise TokenizerError("grey and RGB images in one set; set channels in ingest")
+    return np.concatenate(taken)
+
+
+# --- the end ----------------------------------------------------------------------------
+
+
+def finish(
+    config: Config, stage: Stage, data: Artifact, shards: Shards, tokenizer: Tokenizer
+) -> None:
+    """Measure on the whole validation split, draw the sheet, write the folder, card last."""
+    facts: dict[str, Any] = {"data": data.fingerprint}
+    if tokenizer.modality == "image":
+        try:
+            facts["health"] = measure(tokenizer, validation(shards))
+        except TokenizerError as error:
+            raise StageFailed(f"{data.folder}: validation split: {error}") from None
+        draw_reconstructions(tokenizer, shards, stage.folder / "reconstructions.png")
+        stage.picture(stage.folder / "reconstructions.png")
+    elif tokenizer.modality == "text":
+        facts["health"] = text_health(tokenizer, shards)
+    if config.tokenizer.kind in LEARNED:
+        facts["steps"] = config.steps
+    if hasattr(tokenizer, "facts"):
+        tokenizer.facts.update(facts)
+    tokenizer.save(stage.folder)
+    _summarise(stage, {**tokenizer.card(), **facts})
+
+
+def draw_reconstructions(tokenizer: Tokenizer, shards: Shards, path: Path) -> None:
+    from PIL import Image
+
+    first = next(validation(shards, SHOWN))
+    alike = [image for image in first if image.shape == first[0].shape]
+    picture = sheet(alike, tokenizer.decode(tokenizer.encode(alike)))
+    Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture).save(path)
+
+
+def text_health(tokenizer: Tokenizer, shards: Shards, limit: int = 20_000_000) -> dict[str, Any]:
+    """Bytes a token, vocabulary usage and lossless share over the validation documents.
+
+    At most `limit` bytes of them, in order.
+    """
+    split = "validation" if shards.count("validation") else "train"
+    counts = np.zeros(tokenizer.vocabulary["size"], dtype=np.int64)
+    size = documents = exact = 0
+    for sample in shards.iterate(split):
+        text = sample.text()
+        [tokens] = tokenizer.encode([text])
+        counts += np.bincount(tokens, minlength=len(counts))
+        exact += tokenizer.decode([tokens]) == [text]
+        size += len(sample.members["txt"])
+        documents += 1
+        if size >= limit:
+            break
+    total = int(counts.sum())
+    return {
+        "documents": documents,
+        "tokens": total,
+        "bytes_per_token": size / max(total, 1),
+        "vocabulary_usage": float((counts > 0).mean()),
+        "exact": exact / max(documents, 1),
+    }
+
+
+def _summarise(stage: Stage, card: dict[str, Any]) -> None:
+    stage.summary["vocabulary_size"] = card["vocabulary"]["size"]
+    stage.summary["tokenizer_fingerprint"] = card["fingerprint"]
+    stage.summary |= card.get("health", {})
