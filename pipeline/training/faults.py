@@ -1,0 +1,124 @@
+"""Faults of learning: what counts as one, and when it is time to go back or to give up.
+
+a step whose gradient is not finite, or whose loss lies far above the recent ones,
+    is skipped and counted, with its sample ids, in faults.jsonl
+`consecutive` of them in a row: back to the last good checkpoint; the data windows
+    that led here are not read again
+more than `rollbacks` of those: the stage fails, by name
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from chainrule.pipeline.config import Settings
+
+
+class FaultSettings(Settings):
+    """When a step is skipped, and what follows."""
+
+    spike_sigma: float | None = Field(
+        6.0, gt=0, description="standard deviations above the recent losses; null: never"
+    )
+    window: int = Field(100, ge=2, description="recent losses that are looked at")
+    consecutive: int = Field(5, ge=1, description="faults in a row that cause a rollback")
+    rollbacks: int = Field(3, ge=0, description="rollbacks before the stage fails")
+
+
+class FaultMonitor:
+    """Judges each step's loss and gradient norm; its state is part of a checkpoint.
+
+    All ranks see the same numbers and so judge alike.
+    """
+
+    def __init__(self, settings: FaultSettings, path: Path | None = None) -> None:
+        """`path`: the log of faults, on the rank that writes it."""
+        self.settings = settings
+        self.recent: list[float] = []
+        self.in_a_row = 0
+        self.skipped = 0
+        self.rollbacks = 0
+        self._path = path
+        self._lines = 0
+
+    def judge_loss(self, loss: float) -> str | None:
+        """Why this loss should not be learned from, or None."""
+        if not math.isfinite(loss):
+            return f"loss is {loss}"
+        s = self.settings
+        if s.spike_sigma is None or len(self.recent) < s.window:
+            return None
+        mean = sum(self.recent) / len(self.recent)
+        variance = sum((x - mean) ** 2 for x in self.recent) / len(self.recent)
+        # A loss that hardly moves would make every wiggle a spike: at least 1 % of the mean.
+        sigma = max(math.sqrt(variance), 0.01 * abs(mean))
+        if loss > mean + s.spike_sigma * sigma:
+            return (
+                f"loss {loss:.4f} is {(loss - mean) / sigma:.1f} sigma above the last "
+                f"{len(self.recent)} ({mean:.4f})"
+            )
+        return None
+
+    def accept(self, loss: float) -> None:
+        self.in_a_row = 0
+        self.recent = [*self.recent, loss][-self.settings.window :]
+
+    def skip(self, step: int, reason: str, ids: list[str], rank: int = 0) -> None:
+        """Count a skipped step and write it down, with the sample ids of this rank."""
+        self.in_a_row += 1
+        self.skipped += 1
+        self._write({"step": step, "skipped": reason, "rank": rank, "ids": ids})
+
+    @property
+    def must_roll_back(self) -> bool:
+        return self.in_a_row >= self.settings.consecutive
+
+    def rolled_back(self, step: int, to_step: int, skipped: int) -> None:
+        """Note a rollback; the counts go on from what they were before it."""
+        self.in_a_row = 0
+        self.skipped = skipped
+        self.rollbacks += 1
+        self._write({"step": step, "rolled_back_to": to_step})
+
+    @property
+    def exhausted(self) -> bool:
+        return self.rollbacks > self.settings.rollbacks
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "recent": self.recent,
+            "in_a_row": self.in_a_row,
+            "skipped": self.skipped,
+            "rollbacks": self.rollbacks,
+            "lines": self._lines,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take up a checkpoint's state and drop the lines that were written after it."""
+        self.recent = list(state["recent"])
+        self.in_a_row = state["in_a_row"]
+        self.skipped = state["skipped"]
+        self.rollbacks = state["rollbacks"]
+        self.rewind(state["lines"])
+
+    def rewind(self, lines: int) -> None:
+        """Keep the first `lines` of the log."""
+        self._lines = lines
+        if self._path is None or not self._path.exists():
+            return
+        kept = self._path.read_text().splitlines(keepends=True)[:lines]
+        if not kept:
+            self._path.unlink()
+            return
+        temporary = self._path.with_suffix(".jsonl.tmp")
+        temporary.write_text("".join(kept))
+        temporary.replace(self._path)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._lines += 1
+        if self._path is not None:
+            with open(self._path, "a") as file:
+                file.write(json.dumps(record) + "\n")
