@@ -22,7 +22,14 @@ from chainrule.pipeline.data import sources
 from chainrule.pipeline.data.arrays import Arrays, Idx, SklearnDigits, Table
 from chainrule.pipeline.data.audio import AudioFolder
 from chainrule.pipeline.data.images import ImageFolder, Sprites
-from chainrule.pipeline.data.shards import SPLITS, ShardWriter, finish, finished, key_of
+from chainrule.pipeline.data.shards import (
+    SPLITS,
+    ShardWriter,
+    finish,
+    finished,
+    key_of,
+    read_skipped_again,
+)
 from chainrule.pipeline.data.text import PythonStdlib, Text
 from chainrule.pipeline.stage import Input, Stage, StageFailed
 
@@ -53,7 +60,7 @@ class Config(Settings):
     validation_tail: bool = Field(False, description="hold out the last inputs, not random ones")
     seed: int = Field(0, description="of the split")
     samples_per_shard: int = Field(1000, ge=1)
-    max_skipped: float = Field(
+    max_skipped: float = runtime(
         0.01, ge=0, le=1, description="share of unreadable inputs above which the stage stops"
     )
     workers: int = runtime(0, ge=0, description="processes that read; 0 reads in this one")
@@ -70,13 +77,14 @@ def main(config: Config, stage: Stage) -> None:
     source = config.source.open()
     splits = sources.split(source, config.validation, config.seed, config.validation_tail)
     shards = list(_shards(splits, config.samples_per_shard))
-    allowed = math.floor(config.max_skipped * len(source))
     skipped = 0
     with stage.progress(len(source), source.what + "s") as progress:
-        for number, entry in _write_all(config, stage.folder, shards, source, allowed):
+        for number, entry in _write_all(config, stage.folder, shards, source):
             skipped += len(entry["skipped"])
-            if skipped > allowed:
-                raise _too_many(config, source.what, entry["skipped"][-1], skipped, len(source))
+            if skipped > _allowed(config, source):
+                for other in range(len(shards)):
+                    read_skipped_again(stage.folder, other)
+                raise _too_many(config, source, entry["skipped"][-1], skipped)
             progress.update(len(shards[number][1]), skipped=skipped)
     index = finish(
         stage.folder,
@@ -103,11 +111,7 @@ def _shards(splits: dict[str, np.ndarray], size: int) -> Iterator[tuple[str, np.
 
 
 def _write_all(
-    config: Config,
-    folder: Path,
-    shards: list[tuple[str, np.ndarray]],
-    source: sources.Source,
-    allowed: int,
+    config: Config, folder: Path, shards: list[tuple[str, np.ndarray]], source: sources.Source
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number, entry) of every shard, as each becomes whole; those found whole come first."""
     missing = []
@@ -119,37 +123,36 @@ def _write_all(
             yield number, entry
     if config.workers < 2 or len(missing) < 2:
         for number in missing:
-            yield number, _write(source, folder, number, *shards[number], allowed)
+            yield number, _write(config, source, folder, number, *shards[number])
         return
     with ProcessPoolExecutor(config.workers, get_context("spawn"), _open, (config,)) as pool:
         pending: dict[Future[dict[str, Any]], int] = {}
         while missing or pending:
             while missing and len(pending) < 2 * config.workers:
                 number = missing.pop(0)
-                future = pool.submit(_write_opened, folder, number, *shards[number], allowed)
-                pending[future] = number
+                pending[pool.submit(_write_opened, folder, number, *shards[number])] = number
             done, _ = wait(pending, return_when=FIRST_COMPLETED)
             for future in done:
                 yield pending.pop(future), future.result()
 
 
 def _write(
+    config: Config,
     source: sources.Source,
     folder: Path,
     number: int,
     split: str,
     inputs: np.ndarray,
-    allowed: int,
 ) -> dict[str, Any]:
-    """Write one shard; its entry. It stops early past `allowed` skipped inputs of its own."""
+    """Write one shard; its entry. StageFailed where it alone skips too many inputs."""
     with ShardWriter(folder, number, split) as shard:
         for i in inputs.tolist():
             try:
                 raw = source.read(i)
             except sources.Unreadable as error:
-                shard.skip(source.what, source.where(i), str(error))
-                if shard.skipped > allowed:
-                    break
+                line = shard.skip(source.what, source.where(i), str(error))
+                if shard.skipped > _allowed(config, source):
+                    raise _too_many(config, source, line, shard.skipped) from None
                 continue
             shard.write(key_of(i), raw.members, raw_bytes=raw.raw_bytes)
     entry = finished(folder, number)
@@ -157,28 +160,30 @@ def _write(
     return entry
 
 
-_opened: sources.Source  # of a worker process
+_opened: tuple[Config, sources.Source]  # of a worker process
 
 
 def _open(config: Config) -> None:
     global _opened
-    _opened = config.source.open()
+    _opened = config, config.source.open()
 
 
-def _write_opened(
-    folder: Path, number: int, split: str, inputs: np.ndarray, allowed: int
-) -> dict[str, Any]:
-    return _write(_opened, folder, number, split, inputs, allowed)
+def _write_opened(folder: Path, number: int, split: str, inputs: np.ndarray) -> dict[str, Any]:
+    return _write(*_opened, folder, number, split, inputs)
+
+
+def _allowed(config: Config, source: sources.Source) -> int:
+    return math.floor(config.max_skipped * len(source))
 
 
 def _too_many(
-    config: Config, what: str, last: dict[str, Any], skipped: int, total: int
+    config: Config, source: sources.Source, last: dict[str, Any], skipped: int
 ) -> StageFailed:
     path = getattr(config.source, "path", None)
     where = f"{path}: {last['where']}" if path is not None else last["where"]
     return StageFailed(
-        f"{where}: {last['reason']}\n{skipped} of {total} {what}s could not be used, max_skipped "
-        f"is {config.max_skipped:g}; mend or remove them, or raise max_skipped"
+        f"{where}: {last['reason']}\n{skipped} of {len(source)} {source.what}s could not be used, "
+        f"max_skipped is {config.max_skipped:g}; mend or remove them, or raise max_skipped"
     )
 
 

@@ -143,9 +143,11 @@ class ShardWriter:
         self._rows.append((number, tokens, where))
         self._raw_bytes += raw_bytes
 
-    def skip(self, what: str, where: str, reason: str) -> None:
-        """Note an input that could not be used."""
-        self._skipped.append({"what": what, "where": where, "reason": reason})
+    def skip(self, what: str, where: str, reason: str) -> dict[str, Any]:
+        """Note an input that could not be used; the line of skipped.jsonl."""
+        line = {"what": what, "where": where, "reason": reason}
+        self._skipped.append(line)
+        return line
 
     @property
     def skipped(self) -> int:
@@ -224,6 +226,13 @@ def finished(folder: Path, number: int) -> dict[str, Any] | None:
     if not shard.is_file() or shard.stat().st_size != entry["bytes"]:
         return None
     return entry if (folder / entry["offsets"]).is_file() else None
+
+
+def read_skipped_again(folder: Path, number: int) -> None:
+    """Have shard `number` made again if it skipped inputs: they may have been mended."""
+    entry = finished(folder, number)
+    if entry is not None and entry["skipped"]:
+        (folder / entry_name(entry["name"])).unlink()
 
 
 def finish(

@@ -36,7 +36,7 @@ class Text(SourceSettings):
         "file", description="what a document of a plain file is (JSONL: always a line)"
     )
     document_bytes: int | None = Field(
-        None, ge=1, description="cut documents at the last line end before this many bytes"
+        None, ge=4, description="cut documents at the last line end before this many bytes"
     )
     field: str = Field("text", description="key of the text in a JSONL line")
     invalid: Literal["skip", "replace"] = Field(

@@ -1,0 +1,334 @@
+"""Sources: which inputs there are, what each becomes, and what is said of those that fail."""
+
+import gzip
+import io
+import json
+import struct
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from chainrule.pipeline.data.arrays import Arrays, Idx, SklearnDigits, Table
+from chainrule.pipeline.data.audio import AudioFolder
+from chainrule.pipeline.data.images import ImageFolder, Sprites
+from chainrule.pipeline.data.reader import Sample
+from chainrule.pipeline.data.sources import Source, SourceError, Unreadable, split
+from chainrule.pipeline.data.text import PythonStdlib, Text
+
+
+def texts(source: Source) -> list[str]:
+    return [source.read(i).members["txt"].decode() for i in range(len(source))]
+
+
+def picture(path: Path, value: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (3, 3), value).save(path)
+
+
+# Splits
+
+
+def test_the_split_is_by_seed_exact_and_in_order() -> None:
+    source = SklearnDigits(kind="sklearn-digits").open()
+    parts = split(source, 0.15, 0, False)
+    assert {name: len(numbers) for name, numbers in parts.items()} == {
+        "train": 1527,
+        "validation": 270,
+    }
+    assert np.array_equal(np.sort(np.concatenate(list(parts.values()))), np.arange(1797))
+    assert (np.diff(parts["validation"]) > 0).all()
+    again, other = split(source, 0.15, 0, False), split(source, 0.15, 1, False)
+    assert np.array_equal(again["validation"], parts["validation"])
+    assert not np.array_equal(other["validation"], parts["validation"])
+    tail = split(source, 0.15, 0, True)["validation"]
+    assert np.array_equal(tail, np.arange(1527, 1797))
+    assert len(split(source, 0.0, 0, False)["validation"]) == 0
+
+
+# Files and classes
+
+
+def test_the_class_of_a_picture_is_its_subfolder(tmp_path: Path) -> None:
+    for name in ("cat/2.png", "cat/deep/1.png", "ant/1.png", ".hidden/1.png", "cat/.x.png"):
+        picture(tmp_path / name)
+    (tmp_path / "cat" / "notes.txt").write_text("not a picture")
+    source = ImageFolder(kind="image-folder", path=tmp_path).open()
+    assert [source.where(i) for i in range(len(source))] == [
+        "ant/1.png",
+        "cat/2.png",
+        "cat/deep/1.png",
+    ]
+    assert source.classes == ["ant", "cat"]
+    assert source.read(1).members["json"] == {"source": "cat/2.png", "label": 1, "class": "cat"}
+
+
+def test_a_folder_without_subfolders_has_no_classes(tmp_path: Path) -> None:
+    picture(tmp_path / "1.PNG")
+    source = ImageFolder(kind="image-folder", path=tmp_path).open()
+    assert source.classes is None
+    assert source.read(0).members["json"] == {"source": "1.PNG"}
+    picture(tmp_path / "cat" / "2.png")
+    with pytest.raises(SourceError, match=r"1.PNG: lies beside the class folders"):
+        ImageFolder(kind="image-folder", path=tmp_path).open()
+
+
+def test_classes_by_pattern_and_splits_by_folder(tmp_path: Path) -> None:
+    for name in ("train/7_a.png", "train/3_b.png", "test/7_c.png"):
+        picture(tmp_path / name)
+    source = ImageFolder(
+        kind="image-folder",
+        path=tmp_path,
+        class_pattern=r"^(\d)_",
+        splits={"train": "train", "test": "validation"},
+    ).open()
+    assert source.classes == ["3", "7"]
+    parts = split(source, None, 0, False)
+    assert [source.where(int(i)) for i in parts["validation"]] == ["test/7_c.png"]
+    assert len(split(source, 0.34, 0, False)["validation"]) == 1  # a share goes over the folders
+    with pytest.raises(SourceError, match=r"class_pattern '\(x\)' finds no group"):
+        ImageFolder(kind="image-folder", path=tmp_path, class_pattern="(x)").open()
+    picture(tmp_path / "other" / "1.png")
+    with pytest.raises(SourceError, match=r"other/1.png: not below one of the split folders"):
+        ImageFolder(kind="image-folder", path=tmp_path, splits={"train": "train"}).open()
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".tgz"])
+def test_a_tar_is_read_as_its_folder(tmp_path: Path, suffix: str) -> None:
+    for name in ("a/1.png", "b/1.png"):
+        picture(tmp_path / "folder" / name, ord(name[0]))
+    path = tmp_path / f"pictures{suffix}"
+    with tarfile.open(path, "w" if suffix == ".tar" else "w:gz") as archive:
+        archive.add(tmp_path / "folder", ".")
+        link = tarfile.TarInfo("b/link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+    settings = ImageFolder(kind="image-folder", path=path)
+    packed, plain = settings.open(), ImageFolder(kind="image-folder", path=path.parent / "folder")
+    assert settings.files() == [path]
+    assert [packed.read(i) for i in range(2)] == [plain.open().read(i) for i in range(2)]
+    assert len(packed) == 2
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(SourceError, match="not a whole tar"):
+        settings.open()
+
+
+@pytest.mark.parametrize("kind", [ImageFolder, AudioFolder, Text])
+def test_missing_and_empty_folders_are_one_line(kind: type, tmp_path: Path) -> None:
+    name = {ImageFolder: "image-folder", AudioFolder: "audio-folder", Text: "text"}[kind]
+    for method in ("open", "files"):
+        with pytest.raises(SourceError) as missing:
+            getattr(kind(kind=name, path=tmp_path / "none"), method)()
+        with pytest.raises(SourceError) as empty:
+            getattr(kind(kind=name, path=tmp_path), method)()
+        assert str(missing.value) == f"{tmp_path / 'none'}: no such folder"
+        assert str(empty.value).startswith(f"{tmp_path}: no files that end in")
+        assert str(empty.value).endswith("the folder is empty")
+        assert "\n" not in str(empty.value)
+
+
+# Arrays
+
+
+def test_sklearn_digits() -> None:
+    from sklearn.datasets import load_digits
+
+    source = SklearnDigits(kind="sklearn-digits").open()
+    digits = load_digits()
+    raw = source.read(5)
+    image = Sample("0", raw.members).image()
+    assert np.array_equal(np.round(image[..., 0] / (255 / 16)), digits.images[5])
+    assert raw.members["json"] == {"source": "digits[5]", "label": 5, "class": "5"}
+    assert [path.name for path in SklearnDigits(kind="sklearn-digits").files()] == ["digits.csv.gz"]
+
+
+def idx(array: np.ndarray) -> bytes:
+    return (
+        bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + bytes(array)
+    )
+
+
+def test_idx_with_its_own_split(tmp_path: Path) -> None:
+    images = np.arange(3 * 4 * 5, dtype=np.uint8).reshape(3, 4, 5)
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(idx(images))
+    (tmp_path / "train-labels-idx1-ubyte.gz").write_bytes(
+        gzip.compress(idx(np.array([1, 0, 2], np.uint8)))
+    )
+    settings = Idx(kind="idx", path=tmp_path)
+    source = settings.open()
+    assert source.split_of(0) is None
+    assert np.array_equal(Sample("0", source.read(2).members).image()[..., 0], images[2])
+    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images[:1])))
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(idx(np.array([2], np.uint8)))
+    source = settings.open()
+    assert split(source, None, 0, False)["validation"].tolist() == [3]
+    assert source.read(3).members["json"]["label"] == 2
+    assert len(settings.files()) == 4
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(idx(images)[:-1])
+    with pytest.raises(SourceError, match=r"59 bytes for shape \[3, 4, 5\]"):
+        settings.open()
+    (tmp_path / "train-images-idx3-ubyte").unlink()
+    with pytest.raises(SourceError, match="no train-images-idx3-ubyte or .gz"):
+        settings.files()
+
+
+def test_npz_and_sprites(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (4, 2, 3, 3)).astype(np.uint8)
+    labels = np.array([0, 1, 1, 0])
+    np.savez(tmp_path / "a.npz", images=images, y=labels)
+    source = Arrays(
+        kind="arrays", path=tmp_path / "a.npz", labels="y", classes=["no", "yes"]
+    ).open()
+    assert source.read(1).members["json"]["class"] == "yes"
+    Image.fromarray(images.reshape(4, 6, 3)).save(tmp_path / "sheet_0.png")
+    (tmp_path / "labels.txt").write_text("0\n1\n1\n0\n")
+    sprites = Sprites(kind="sprites", path=tmp_path, size=(2, 3), labels="labels.txt").open()
+    for i in range(4):
+        assert np.array_equal(Sample("0", sprites.read(i).members).image(), images[i])
+        assert np.array_equal(Sample("0", source.read(i).members).image(), images[i])
+    (tmp_path / "labels.txt").write_text("0\n1\n")
+    with pytest.raises(SourceError, match="2 labels for 4 images"):
+        Sprites(kind="sprites", path=tmp_path, size=(2, 3), labels="labels.txt").open()
+    with pytest.raises(SourceError, match="no array 'x'; it holds images, y"):
+        Arrays(kind="arrays", path=tmp_path / "a.npz", images="x").open()
+    np.save(tmp_path / "o.npy", np.array([{}], dtype=object), allow_pickle=True)
+    with pytest.raises(SourceError, match="without pickle"):
+        Arrays(kind="arrays", path=tmp_path / "o.npy").open()
+
+
+def test_tables_of_reals(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("a,b,c\n1,2,x\n3,,y\n5,10,z\n")
+    source = Table(kind="table", path=path, columns=["b", "a"]).open()
+    assert Sample("0", source.read(2).members).values().tolist() == [10.0, 5.0]
+    with pytest.raises(Unreadable, match="missing or not finite"):
+        source.read(1)
+    with pytest.raises(SourceError, match="t.csv, line 2: not 3 numbers"):
+        Table(kind="table", path=path).open()
+    with pytest.raises(SourceError, match="no column 'q'"):
+        Table(kind="table", path=path, columns=["q"]).open()
+    np.save(tmp_path / "t.npy", np.array([[1.0, 4], [3, 8]]))
+    scaled = Table(kind="table", path=tmp_path / "t.npy", standardize=True).open()
+    assert Sample("0", scaled.read(0).members).values().tolist() == [-1.0, -1.0]
+
+
+# Text
+
+
+def test_documents_are_files_lines_or_paragraphs(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    content = "one\r\ntwo\n\n\n three\t\n\u2581\U0001f600"
+    path.write_bytes(content.encode())
+    settings = {"kind": "text", "path": path}
+    assert texts(Text(**settings).open()) == [content]
+    lines = Text(**settings, document="line").open()
+    assert texts(lines) == ["one\r", "two", " three\t", "\u2581\U0001f600"]
+    assert lines.where(2) == "a.txt, line 5"
+    paragraphs = Text(**settings, document="paragraph").open()
+    assert texts(paragraphs) == ["one\r\ntwo\n", " three\t\n\u2581\U0001f600"]
+
+
+@pytest.mark.parametrize("most", [4, 7, 30, 1000])
+def test_cut_documents_join_to_the_whole(tmp_path: Path, most: int) -> None:
+    content = "".join(f"line {i} äöü \U0001f600\n" * (i % 3) + "x" * (i % 40) for i in range(50))
+    path = tmp_path / "a.txt"
+    path.write_text(content)
+    source = Text(kind="text", path=path, document_bytes=most).open()
+    pieces = texts(source)
+    assert "".join(pieces) == content
+    assert all(len(piece.encode()) <= most for piece in pieces)
+
+
+def test_json_lines_name_their_faults(tmp_path: Path) -> None:
+    lines = ['{"text": "a\\u00e9"}', "", '{"body": "b"}', "{", '{"text": 3}', '{"text": "\\ud800"}']
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(lines))
+    source = Text(kind="text", path=path).open()
+    assert len(source) == 5
+    assert source.read(0).members["txt"].decode() == "aé"
+    for i, fault in ((1, "no field 'text'"), (2, "not JSON"), (3, "is a int"), (4, "surrogate")):
+        with pytest.raises(Unreadable, match=fault):
+            source.read(i)
+    assert source.where(1) == "a.jsonl, line 3"
+    body = Text(kind="text", path=path, field="body").open()
+    assert body.read(1).members["txt"] == b"b"
+
+
+def test_invalid_utf8_is_named_or_replaced(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"good")
+    (tmp_path / "b.txt").write_bytes(b"b\xffd")
+    source = Text(kind="text", path=tmp_path).open()
+    with pytest.raises(Unreadable, match=r"not UTF-8 \(invalid start byte at byte 1\)"):
+        source.read(1)
+    assert texts(Text(kind="text", path=tmp_path, invalid="replace").open())[1] == "b\ufffdd"
+
+
+def test_empty_texts_are_no_documents(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("")
+    with pytest.raises(SourceError, match="holds no documents"):
+        Text(kind="text", path=tmp_path).open()
+
+
+def test_the_standard_library_is_itself() -> None:
+    settings = PythonStdlib(kind="python-stdlib")
+    source = settings.open()
+    names = [source.where(i) for i in range(len(source))]
+    assert names == sorted(names)
+    assert "json/decoder.py" in names
+    assert not any("/test/" in name or "site-packages" in name for name in names)
+    total = sum(source.read(i).raw_bytes for i in range(len(source)))
+    assert 8e6 < total < 20e6
+    assert len(settings.files()) == len(source)
+    decoder = source.read(names.index("json/decoder.py"))
+    assert decoder.members["txt"].decode() == Path(json.decoder.__file__).read_text()
+
+
+# Audio
+
+
+def tone(rate: int, seconds: float = 0.25) -> np.ndarray:
+    t = np.arange(int(rate * seconds)) / rate
+    return (0.5 * np.sin(2 * np.pi * 440 * t)).astype(np.float32)
+
+
+def test_recordings_become_mono_16_bits_at_one_rate(tmp_path: Path) -> None:
+    exact = np.random.default_rng(0).integers(-32768, 32768, 500).astype(np.int16)
+    (tmp_path / "a").mkdir()
+    soundfile.write(tmp_path / "a" / "0.wav", exact, 8000)
+    soundfile.write(tmp_path / "a" / "1.flac", np.stack([tone(16000), -tone(16000)], 1), 16000)
+    soundfile.write(tmp_path / "a" / "2.wav", tone(22050), 22050, subtype="FLOAT")
+    soundfile.write(tmp_path / "a" / "3.ogg", tone(44100), 44100)
+    source = AudioFolder(kind="audio-folder", path=tmp_path, sample_rate=8000).open()
+    found = [Sample("0", source.read(i).members).audio() for i in range(4)]
+    assert all(rate == 8000 for _, rate in found)
+    assert np.array_equal(found[0][0], exact)
+    assert np.abs(found[1][0]).max() <= 1  # opposite channels cancel
+    for samples, error in ((found[2][0], 60), (found[3][0], 2000)):
+        middle = slice(200, 1800)
+        expected = tone(8000) * 32768
+        assert len(samples) == 2000
+        assert np.abs(samples[middle] - expected[middle]).max() < error
+    assert source.read(0).members["json"] == {
+        "source": "a/0.wav",
+        "sample_rate": 8000,
+        "samples": 500,
+        "label": 0,
+        "class": "a",
+    }
+
+
+def test_recordings_that_cannot_be_used(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, tone(8000, 1.0), 8000, format="FLAC")
+    (tmp_path / "cut.flac").write_bytes(buffer.getvalue()[:-3000])
+    (tmp_path / "empty.wav").write_bytes(b"")
+    soundfile.write(tmp_path / "long.wav", tone(8000, 3.0), 8000)
+    nothing = np.zeros(0, np.float32)
+    soundfile.write(tmp_path / "none.wav", nothing, 8000)
+    source = AudioFolder(kind="audio-folder", path=tmp_path, max_seconds=2.0).open()
+    for i, fault in enumerate(("damaged|truncated", "damaged", "too long: 3 s", "no sound")):
+        with pytest.raises(Unreadable, match=fault):
+            source.read(i)
