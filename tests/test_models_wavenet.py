@@ -58,6 +58,24 @@ def test_a_shorter_sequence_is_a_prefix():
 
 
 @torch.no_grad()
+def test_recordings_in_one_window_do_not_see_each_other():
+    model = build({"preset": "wavenet-debug", "kernel": 3}, seed=0).eval()
+    model.start += 1
+    x = torch.randint(8, (2, 24), generator=torch.Generator().manual_seed(0))
+    documents = torch.tensor([[5] * 7 + [2] * 17, [0] * 23 + [1]])
+    packed = model.log_prob(x, documents=documents)
+    for row, cut in ((0, 7), (1, 23)):
+        alone = torch.cat(
+            [model.log_prob(x[row : row + 1, :cut]), model.log_prob(x[row : row + 1, cut:])], dim=1
+        )
+        torch.testing.assert_close(packed[row : row + 1], alone, atol=1e-5, rtol=0)
+    one = model.log_prob(x[:, :3], documents=documents[:, :3])
+    torch.testing.assert_close(one, model.log_prob(x[:, :3]))
+    with pytest.raises(ValueError, match=r"documents has shape \(2, 3\)"):
+        model.log_prob(x, documents=documents[:, :3])
+
+
+@torch.no_grad()
 def test_queues_are_of_dilation_length_and_do_not_grow():
     model = build({"preset": "wavenet-debug", "event_shape": [300]}, seed=0).eval()
     cursor = model.cursor(2)

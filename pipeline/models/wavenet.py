@@ -122,10 +122,25 @@ class GatedLayer(nn.Module):
         """Steps back that the convolution sees."""
         return (self.kernel - 1) * self.dilation
 
-    def forward(self, x: Tensor, bias: Tensor | None, local: Tensor | None) -> tuple[Tensor, ...]:
-        """(B, t, C) to the next layer's (B, t, C) and the skip path's (B, t, S)."""
+    def forward(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        local: Tensor | None,
+        documents: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(B, t, C) to the next layer's (B, t, C) and the skip path's (B, t, S).
+
+        With `documents` (B, t) a tap that would reach into another document sees zeros, as one
+        that reaches before the first sample does.
+        """
         length, padded = x.shape[1], F.pad(x, (0, 0, self.reach, 0))
         taps = [padded[:, i * self.dilation :][:, :length] for i in range(self.kernel)]
+        if documents is not None:
+            for i in range(self.kernel - 1):
+                back = self.reach - i * self.dilation
+                same = documents[:, back:] == documents[:, :-back]
+                taps[i] = taps[i] * F.pad(same, (min(back, length), 0)).unsqueeze(-1)
         return self.unit(x, torch.cat(taps, dim=-1), bias, local)
 
     def unit(
@@ -177,25 +192,42 @@ class WaveNet(Autoregressive):
         self.output = projection(config.head, config.skip_width, config.vocabulary_size)
 
     def conditionals(
-        self, x: Tensor, cond: Tensor | None = None, local: Tensor | None = None
+        self,
+        x: Tensor,
+        cond: Tensor | None = None,
+        documents: Tensor | None = None,
+        local: Tensor | None = None,
     ) -> Conditional:
-        """`local` (B, F, local_width): features of every `local_hop` samples, where the model
-        is conditioned on them; F * local_hop covers the samples."""
+        """As the contract says. `documents` (B, t): samples of one recording have one number
+        and stand together; recordings in one window do not see each other. `local`
+        (B, F, local_width), where the model is conditioned on it: features of every
+        `local_hop` samples, F * local_hop covering them."""
         check_elements(x, self.event_shape, self.config.vocabulary_size, shorter=True)
         check_condition(cond, self.config.classes, len(x))
+        if documents is not None and documents.shape != x.shape:
+            raise ValueError(
+                f"documents has shape {tuple(documents.shape)}: x has {tuple(x.shape)}"
+            )
         features = self._local_features(local, len(x), x.shape[1])
         start = self.start.expand(len(x), 1, -1)
         h = torch.cat([start, self._embed(x[:, :-1])], dim=1)[:, : x.shape[1]]
+        if documents is not None:
+            begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+            h = torch.where(begins.unsqueeze(-1), start, h)
         skip: Tensor | float = 0.0
         for layer, bias in zip(self.layers, self._class_biases(cond, len(x)), strict=True):
-            h, path = layer(h, bias, features)
+            h, path = layer(h, bias, features, documents)
             skip = skip + path
         return self._conditional(self._parameters_from(cast(Tensor, skip)))
 
     def log_prob(
-        self, x: Tensor, cond: Tensor | None = None, local: Tensor | None = None
+        self,
+        x: Tensor,
+        cond: Tensor | None = None,
+        documents: Tensor | None = None,
+        local: Tensor | None = None,
     ) -> Tensor:
-        return self.conditionals(x, cond, local).log_prob(x)
+        return self.conditionals(x, cond, documents, local).log_prob(x)
 
     def _embed(self, x: Tensor) -> Tensor:
         """(B, t) to (B, t, C)."""
