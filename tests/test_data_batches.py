@@ -275,7 +275,10 @@ def test_ids_past_the_vocabulary_are_refused(tmp_path: Path) -> None:
         mixture_of([TokenSet.open(folder)]).batch(0, 20)
 
 
-def test_long_documents_are_read_by_the_piece(tmp_path: Path) -> None:
+def test_long_documents_are_read_by_the_piece(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("chainrule.pipeline.data.tokens.CACHE", 0)
     folder = tmp_path / "long"
     folder.mkdir()
     tokens = np.arange(60_000, dtype=np.uint16) % 257

@@ -196,7 +196,8 @@ class Shards:
             entry = self.entries[number]
             path = self._path(entry["offsets"])
             try:
-                table = np.load(path, mmap_mode="r", allow_pickle=False)
+                # A view without memmap's own indexing, which costs more than the read.
+                table = np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
             except (OSError, ValueError) as error:
                 raise ShardError(f"{path}: unreadable ({error}); make the shards again") from None
             shape = (entry["samples"], MEMBERS + 2 * len(entry["members"]))
@@ -265,7 +266,7 @@ class Shards:
 
     def _read(self, number: int, row: int) -> Sample | None:
         entry = self.entries[number]
-        places = self.table(number)[row]
+        places = self.table(number)[row].tolist()
         try:
             start, stop = span(places)
             data = self._pread(number, start, stop - start)
@@ -281,10 +282,10 @@ class Shards:
             return None
         members = {}
         for column, extension in enumerate(entry["members"]):
-            offset, length = places[MEMBERS + 2 * column : MEMBERS + 2 * column + 2].tolist()
+            offset, length = places[MEMBERS + 2 * column : MEMBERS + 2 * column + 2]
             if offset >= 0:
                 members[extension] = data[offset - start : offset - start + length]
-        return Sample(key_of(int(places[NUMBER])), members)
+        return Sample(key_of(places[NUMBER]), members)
 
     def _message(self, number: int, row: int, fault: str) -> str:
         key = key_of(int(self.table(number)[row, NUMBER]))
@@ -303,7 +304,7 @@ class Shards:
         if size != entry["bytes"]:
             table = self.table(number)
             for row in range(len(table)):
-                if span(table[row])[1] > size:
+                if span(table[row].tolist())[1] > size:
                     raise ShardError(self._message(number, row, f"truncated to {size} bytes"))
             raise ShardError(f"{path}: {size} bytes, the index says {entry['bytes']}")
 

@@ -28,7 +28,7 @@ import mmap
 import os
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -183,7 +183,7 @@ class ShardWriter:
                     for column, extension in enumerate(extensions):
                         place = where.get(extension, (-1, 0))
                         table[row, MEMBERS + 2 * column : MEMBERS + 2 * column + 2] = place
-                    start, stop = span(table[row])
+                    start, stop = span(table[row].tolist())
                     table[row, CRC] = zlib.crc32(memoryview(data)[start:stop])
         offsets = self.folder / offsets_name(self.name)
         temporary = offsets.with_name(f".{offsets.name}.tmp")
@@ -209,11 +209,14 @@ class ShardWriter:
         write_json(self.folder / entry_name(self.name), entry)
 
 
-def span(row: np.ndarray) -> tuple[int, int]:
+def span(row: Sequence[int]) -> tuple[int, int]:
     """Bytes [start, stop) of a sample in its tar, its first header included."""
-    offsets, lengths = row[MEMBERS::2], row[MEMBERS + 1 :: 2]
-    present = offsets >= 0
-    return int(offsets[present].min()) - BLOCK, int((offsets + lengths)[present].max())
+    start = stop = -1
+    for offset, length in zip(row[MEMBERS::2], row[MEMBERS + 1 :: 2], strict=True):
+        if offset >= 0:  # members lie in the order of their columns
+            start = offset - BLOCK if start < 0 else start
+            stop = offset + length
+    return start, stop
 
 
 def finished(folder: Path, number: int) -> dict[str, Any] | None:

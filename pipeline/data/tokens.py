@@ -18,6 +18,7 @@ from chainrule.pipeline.data.reader import (
 from chainrule.pipeline.data.vocabulary import Vocabulary
 
 LARGE = 1 << 16  # bytes; of a longer sample a piece alone is read, once the whole was checked
+CACHE = 1 << 28  # bytes of tokens that a set keeps in memory once they were read
 
 
 class TokenSet:
@@ -42,6 +43,8 @@ class TokenSet:
         self.modality = shards.modality
         self.raw_bytes = int(index["raw_bytes"][split])
         self._large: dict[int, tuple[int, np.dtype[Any], int | None]] = {}
+        self._held: dict[int, tuple[np.ndarray, int | None]] = {}
+        self._held_bytes = 0
         self._lock = threading.Lock()
         self.tokens = sum(shards.entries[n]["tokens"] for n in shards.numbers(split))
 
@@ -108,8 +111,12 @@ class TokenSet:
     def piece(self, i: int, start: int, stop: int) -> tuple[np.ndarray, int | None] | None:
         """Tokens [start, stop) of sample `i`, flat, and its label; None where it is damaged.
 
-        A large sample is read and checked whole the first time; later only the piece is read.
+        A sample is read and checked whole the first time and kept while there is room; of a
+        large one that is not kept, later only the piece is read.
         """
+        held = self._held.get(i)
+        if held is not None:
+            return held[0][start:stop], held[1]
         known = self._large.get(i)
         if known is not None:
             offset, dtype, label = known
@@ -121,15 +128,18 @@ class TokenSet:
         if sample is None:
             return None
         tokens = self.decode(sample, i)
-        label = sample.meta.get("label") if self.classes is not None else None
-        if len(sample.members[NPY]) > LARGE:
-            head = len(sample.members[NPY]) - tokens.nbytes
-            with self._lock:
-                self._large[i] = (head, tokens.dtype, label)
         flat = tokens.reshape(-1)
         if len(flat) < stop:
             raise ShardError(
                 f"{self.shards.folder}: sample {sample.key} has {len(flat)} tokens, its offsets "
                 f"promise {stop}; pretokenize again"
             )
+        label = sample.meta.get("label") if self.classes is not None else None
+        with self._lock:
+            if self._held_bytes + flat.nbytes <= CACHE:
+                self._held[i] = (flat.copy(), label)  # the rest of the sample's bytes may go
+                self._held_bytes += flat.nbytes
+            elif len(sample.members[NPY]) > LARGE:
+                head = len(sample.members[NPY]) - tokens.nbytes
+                self._large[i] = (head, tokens.dtype, label)
         return flat[start:stop], label
