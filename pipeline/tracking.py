@@ -9,13 +9,15 @@ that is resumed goes on in its run, and steps that the store already has are not
 again. The store is `runs/mlflow.db` (SQLite) unless MLFLOW_TRACKING_URI says otherwise.
 """
 
+import contextlib
+import fcntl
 import logging
 import os
 import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,18 @@ def client(runs: Path) -> Any:
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     return mlflow.MlflowClient(tracking_uri=uri)
+
+
+@contextlib.contextmanager
+def _alone(runs: Path) -> Iterator[None]:
+    """One process at a time: MLflow makes and migrates a SQLite store without a lock of its own."""
+    if not tracking_uri(runs).startswith("sqlite:///"):
+        yield
+        return
+    runs.mkdir(parents=True, exist_ok=True)
+    with open(runs / ".mlflow.lock", "a") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
 
 
 def experiment(store: Any, name: str, runs: Path) -> str:
@@ -184,30 +198,34 @@ class Tracker:
 
     def _open(self) -> None:
         """Find or make the run. What the store already has of a resumed run is not sent again."""
+        with _alone(self._runs):
+            store = client(self._runs)
+            self.run_id = run_id = self._find_or_make_run(store)
+        self._store = store
+        if self._on_run_id is not None:
+            self._on_run_id(run_id)
+
+    def _find_or_make_run(self, store: Any) -> str:
         from mlflow.exceptions import MlflowException
 
-        store = client(self._runs)
         if self.run_id is not None:
             try:
                 data = store.get_run(self.run_id).data
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
-                self.run_id = None  # another store than last time: begin a new run there
+                # another store than last time: begin a new run there
             else:
                 for key in data.metrics:
                     history = store.get_metric_history(self.run_id, key)
                     self._last_step[key] = max(metric.step for metric in history)
                 store.update_run(self.run_id, status="RUNNING")
-        if self.run_id is None:
-            tags = {"mlflow.runName": self._name, **self._tags}
-            if self._parent_id is not None:
-                tags["mlflow.parentRunId"] = self._parent_id
-            experiment_id = experiment(store, self._pipeline, self._runs)
-            self.run_id = store.create_run(experiment_id, tags=tags).info.run_id
-        self._store = store
-        if self._on_run_id is not None:
-            self._on_run_id(self.run_id)
+                return self.run_id
+        tags = {"mlflow.runName": self._name, **self._tags}
+        if self._parent_id is not None:
+            tags["mlflow.parentRunId"] = self._parent_id
+        experiment_id = experiment(store, self._pipeline, self._runs)
+        return str(store.create_run(experiment_id, tags=tags).info.run_id)
 
     def _warn(self, message: str) -> None:
         if not self._warned:
