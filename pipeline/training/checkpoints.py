@@ -28,7 +28,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -188,12 +188,11 @@ class CheckpointWriter:
             error, self._error = self._error, None
             raise self._named(error) from error
 
-    def abandon(self) -> None:
-        """Stop waiting for other ranks' parts: the run ends."""
+    def give_up(self) -> NoReturn:
+        """A save failed on some rank: raise its error there, StageFailed on the others."""
         self._abandoned.set()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self.wait()
+        raise StageFailed(f"{self.folder}: another rank could not save its part of a checkpoint")
 
     def _named(self, error: Exception) -> StageFailed:
         intact = steps_in(self.folder)

@@ -27,7 +27,8 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -35,13 +36,14 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from chainrule.pipeline.config import RequestError, Settings
-from chainrule.pipeline.stage import StageFailed
-from chainrule.pipeline.training.checkpoints import Checkpoint, snapshot
+from chainrule.pipeline.stage import StageFailed, StageInterrupted
+from chainrule.pipeline.training.checkpoints import Checkpoint, newest, snapshot
 from chainrule.pipeline.training.ema import ExponentialAverage
 
 Strategy = Literal["auto", "single", "ddp", "zero0", "zero1", "zero2", "zero3"]
 Precision = Literal["fp32", "bf16", "fp16"]
-Micro = dict[str, Any]
+Micro = TypeVar("Micro")
+"""A micro-batch: whatever the objective takes."""
 
 
 class EngineSettings(Settings):
@@ -187,11 +189,16 @@ class Engine:
         """Take over a model and build its optimiser; the module to call in training."""
         model.to(self.device)
         if self.settings.activation_checkpointing:
-            checkpoint_activations(model)
+            if hasattr(model, "activation_checkpointing"):
+                model.activation_checkpointing = True  # type: ignore[assignment]
+            else:
+                checkpoint_activations(model)
         if self.settings.compile:
             model.compile()
         self.module = model
-        self.parameters = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        self.parameters: list[tuple[str, Any]] = [
+            (n, p) for n, p in model.named_parameters() if p.requires_grad
+        ]
         self._buffers = _persistent_buffers(model)
         self.wrapped, prepared = self._accelerator.prepare(model, optimizer(model))
         self.prepared_optimizer = prepared
@@ -243,7 +250,8 @@ class Engine:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: Any, trace: Any) -> None:
-        if kind is None or getattr(error, "agreed", False):
+        # An interruption is agreed on by all ranks; after a failure nobody may answer.
+        if kind is None or issubclass(kind, StageInterrupted):
             self.close()
         else:
             self.drop()
@@ -372,6 +380,25 @@ class Engine:
             )
         self._ema = ExponentialAverage(decay, self._masters())
 
+    def newest(self, folder: Path) -> Checkpoint | None:
+        """The newest whole checkpoint in `folder`, the same one on every rank.
+
+        Rank 0 looks and hashes; the others take its word.
+        """
+        found = newest(folder) if self.rank == 0 else None
+        name = self.broadcast(found.folder.name if found is not None else None)
+        if name is None or found is not None:
+            return found
+        return Checkpoint.open(folder / name, verify=False)
+
+    @property
+    def parameter_count(self) -> int:
+        """Trained parameters of the whole model."""
+        return sum(self._size(p) for _, p in self.parameters)
+
+    def _size(self, p: Any) -> int:
+        return int(p.ds_numel if self.stage == 3 else p.numel())
+
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """The model computes with the averaged weights inside."""
@@ -417,10 +444,7 @@ class Engine:
         touch it.
         """
         self._link_moments()
-        owner = share_out(
-            [p.ds_numel if self.stage == 3 else p.numel() for _, p in self.parameters],
-            self.world_size,
-        )
+        owner = share_out([self._size(p) for _, p in self.parameters], self.world_size)
         kept: dict[str, Tensor] = {}
         steps: dict[str, float] = {}
         for kind in ["model", *self._moments()]:

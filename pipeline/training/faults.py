@@ -66,22 +66,22 @@ class FaultMonitor:
         self.in_a_row = 0
         self.recent = [*self.recent, loss][-self.settings.window :]
 
-    def skip(self, step: int, reason: str, ids: list[str], rank: int = 0) -> None:
-        """Count a skipped step and write it down, with the sample ids of this rank."""
+    def skip(self, step: int, reason: str, ids: list[Any]) -> None:
+        """Count a skipped step and write it down, with the ids of the global batch."""
         self.in_a_row += 1
         self.skipped += 1
-        self._write({"step": step, "skipped": reason, "rank": rank, "ids": ids})
+        self._write({"step": step, "skipped": reason, "ids": ids})
 
     @property
     def must_roll_back(self) -> bool:
         return self.in_a_row >= self.settings.consecutive
 
-    def rolled_back(self, step: int, to_step: int, skipped: int) -> None:
-        """Note a rollback; the counts go on from what they were before it."""
+    def roll_back(self, step: int, state: dict[str, Any]) -> None:
+        """Note a rollback to a checkpoint's `state`; counts and log go on, the losses do not."""
         self.in_a_row = 0
-        self.skipped = skipped
+        self.recent = list(state["recent"])
         self.rollbacks += 1
-        self._write({"step": step, "rolled_back_to": to_step})
+        self._write({"step": step, "rolled_back": self.rollbacks})
 
     @property
     def exhausted(self) -> bool:

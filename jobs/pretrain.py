@@ -1,0 +1,268 @@
+"""Pretrain a model on token shards: one loop, from one process to ZeRO-3 on many nodes.
+
+    token sets → global order → rank's slice of batch s → update s → log → now and then
+    validation and a checkpoint → model.json and the last checkpoint, for handoff
+
+Killed at any instant and started again, it goes on from the last whole checkpoint and gives
+the losses of the run that was not killed. Nothing random outlives a step: each step's seed
+is a function of (seed, step, rank).
+"""
+
+from typing import Any
+
+import torch
+from pydantic import Field, field_validator, model_validator
+
+from chainrule.pipeline.artifact import write_json
+from chainrule.pipeline.config import RequestError, Settings, digest, runtime
+from chainrule.pipeline.data.batches import Loader
+from chainrule.pipeline.models.registry import build
+from chainrule.pipeline.stage import Input, Stage, StageInterrupted
+from chainrule.pipeline.training import assembly
+from chainrule.pipeline.training.checkpoints import CheckpointWriter
+from chainrule.pipeline.training.engine import Engine, EngineSettings, Precision
+from chainrule.pipeline.training.faults import FaultMonitor, FaultSettings
+from chainrule.pipeline.training.objective import Objective
+from chainrule.pipeline.training.optimizers import (
+    OptimizerSettings,
+    build_optimizer,
+    set_learning_rate,
+)
+from chainrule.pipeline.training.run_state import (
+    LedgerKeeper,
+    RunState,
+    StopSignals,
+    begin,
+    roll_back,
+    stop_signals,
+)
+from chainrule.pipeline.training.schedules import BatchRamp, ScheduleSettings
+from chainrule.pipeline.training.throughput import (
+    Meter,
+    flops_per_element,
+    measured_peak,
+    memory_gb,
+)
+from chainrule.pipeline.training.validation import Validation, context_free_loss, validation_sets
+
+INPUTS = {"tokens": Input(("pretokenize",), many=True)}
+
+
+class Config(Settings):
+    model: str | dict[str, Any] = Field(
+        description="a preset, or {preset: …, changes}, or {family: …, settings}; what the "
+        "tokens settle (vocabulary_size, event_shape, classes) is filled in"
+    )
+    steps: int = Field(ge=1)
+    batch_size: int = Field(ge=1, description="rows of T tokens in a global batch")
+    batch_ramp: BatchRamp | None = None
+    mixture_weights: dict[str, float] | None = Field(
+        None, description="weight of each tokens stage; null: by size"
+    )
+    documents: bool = Field(True, description="attention stays within a document of a packed row")
+    optimizer: OptimizerSettings = OptimizerSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    clip: float | None = Field(1.0, gt=0, description="norm that gradients are clipped to")
+    z_loss: float = Field(0.0, ge=0, description="weight of log² Z, as in PaLM: 1e-4")
+    ema: float | None = Field(None, gt=0, lt=1, description="decay of averaged weights")
+    precision: Precision = "fp32"
+    seed: int = Field(0, ge=0)
+    faults: FaultSettings = FaultSettings()
+    checkpoint_every: int = Field(1000, ge=1)
+    keep: int = Field(2, ge=1, description="newest checkpoints that are kept")
+    keep_every: int | None = Field(None, ge=1, description="multiples that are kept as well")
+    validate_every: int | None = Field(None, ge=1, description="null: at the end only")
+    validation_batches: int | None = Field(
+        None, ge=1, description="of each validation but the last; null: the whole split"
+    )
+    ledger: bool = Field(False, description="write down every sample consumed (chainrule verify)")
+    accumulate: int = runtime(1, ge=1, description="micro-batches an update")
+    engine: EngineSettings = runtime(EngineSettings())
+    workers: int = runtime(1, ge=0, description="loader threads")
+    log_every: int = runtime(1, ge=1)
+
+    @field_validator("model")
+    @classmethod
+    def _known(cls, value: str | dict[str, Any]) -> str | dict[str, Any]:
+        return assembly.known_model(value)
+
+    @model_validator(mode="after")
+    def _divides(self) -> "Config":
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"batch_size {self.batch_size} does not divide by accumulate {self.accumulate}"
+            )
+        return self
+
+
+def launch_apart(config: Config) -> bool:
+    """Engines with a process group run in a process of their own."""
+    return config.engine.strategy not in ("auto", "single")
+
+
+def main(config: Config, stage: Stage) -> None:
+    with Engine(config.engine, config.precision, config.clip) as engine, stop_signals() as stop:
+        train(config, stage, engine, stop)
+
+
+def train(config: Config, stage: Stage, engine: Engine, stop: StopSignals) -> None:
+    # --- data, model, optimiser ---------------------------------------------------------
+    artifacts = stage.inputs["tokens"]
+    sets = assembly.training_sets(artifacts)
+    held_out = validation_sets(artifacts)
+    model_config = assembly.model_config(config.model, sets)
+    model = build(model_config, seed=config.seed)
+    context = torch.Size(model.event_shape).numel()
+    drawn = assembly.mixture(sets, context, config.mixture_weights, config.seed)
+    sizes = batch_sizes(config, engine.world_size)
+    validation = Validation(held_out, context, config.batch_size, config.seed)
+    objective = Objective(model, config.documents, config.z_loss)
+    flops = flops_per_element(model)
+    engine.prepare(model, lambda module: build_optimizer(module, config.optimizer))
+    if config.ema is not None:
+        engine.keep_average(config.ema)
+    description = assembly.describe(model_config, drawn, sets, artifacts)
+    if stage.is_main:
+        write_json(stage.folder / "model.json", description)
+    stage.parameters({"parameters": engine.parameter_count, "context": context})
+
+    # --- where to begin -----------------------------------------------------------------
+    folder = stage.folder / "checkpoints"
+    asynchronous = config.engine.asynchronous_checkpoints
+    writer = CheckpointWriter(
+        folder, stage.rank, engine.world_size, config.keep, config.keep_every, asynchronous
+    )
+    monitor = FaultMonitor(config.faults, stage.folder / "faults.jsonl" if stage.is_main else None)
+    run = RunState(digest(description["model"]))
+    begin(engine.newest(folder), run, engine, monitor)
+    stage.rewind_log(run.step)
+    ledger = LedgerKeeper(stage, engine, drawn, config.ledger)
+    ledger.begin_at(run.step, run.position)
+    meter = Meter(flops, engine.world_size * measured_peak(engine.device, config.precision))
+
+    def save(wait: bool = False) -> None:
+        if run.saved_step == run.step:
+            return
+        with meter.leaving_out("checkpoint"):
+            tensors, scalars = engine.export()
+            state = run.state() | {"engine": scalars, "faults": monitor.state()}
+            writer.save(run.step, tensors, state, run.best_step)
+            run.saved_step = run.step
+            if wait:
+                writer.wait()
+
+    def validate(last: bool) -> dict[str, float]:
+        with meter.leaving_out("validation"):
+            batches = None if last else config.validation_batches
+            found = validation.losses(engine, objective, batches)
+            if last and config.ema is not None:
+                with engine.averaged():
+                    averaged = validation.losses(engine, objective)
+                found |= {f"ema_{name}": loss for name, loss in averaged.items()}
+        if last or run.step % config.checkpoint_every == 0:
+            run.note_best(found["validation_loss"])
+        if last:
+            run.final = found
+        return found
+
+    # --- the loop -------------------------------------------------------------------------
+    engine.barrier()  # a checkpoint's remains are gone before anyone writes the next
+    with stage.progress(config.steps, "steps", run.step) as bar:
+        while run.step < config.steps:
+            with Loader(
+                drawn, sizes, stage.rank, engine.world_size, run.step, run.position, config.workers
+            ) as loader:
+                for batch in loader:
+                    elements, stopping, failed = engine.sum(
+                        batch.tokens, stop.requested, writer.failed
+                    )
+                    if failed:
+                        writer.give_up()
+                    if stopping:
+                        save(wait=True)
+                        raise StageInterrupted(f"a signal came; step {run.step} is saved")
+                    ledger.record(batch)
+                    torch.manual_seed(seed_of(config.seed, run.step, stage.rank))
+                    rate = set_learning_rate(
+                        engine.optimizer, config.schedule.factor(run.step, config.steps)
+                    )
+                    micro = [part.to(engine.device) for part in batch.split(config.accumulate)]
+                    update = engine.update(micro, objective, elements, monitor.judge_loss)
+                    run.step += 1
+                    run.position = loader.state()["position"]
+                    run.tokens_seen += int(elements)
+                    meter.step(elements)
+                    record: dict[str, Any] = {
+                        "loss": update.loss,
+                        "gradient_norm": update.gradient_norm,
+                        "learning_rate": rate,
+                    }
+                    if update.loss_scale is not None:
+                        record["loss_scale"] = update.loss_scale
+                    if update.fault is None:
+                        monitor.accept(update.loss)
+                    else:
+                        record["fault"] = update.fault
+                        monitor.skip(run.step, update.fault, engine.gather(batch.ids))
+                        if monitor.must_roll_back:
+                            writer.wait()
+                            engine.barrier()
+                            passed_over = roll_back(folder, run, engine, monitor)
+                            stage.rewind_log(run.step)
+                            ledger.begin_at(run.step, run.position, passed_over)
+                            bar.done = run.step
+                            break
+
+                    last = run.step == config.steps
+                    validating = config.validate_every and run.step % config.validate_every == 0
+                    if last or validating:
+                        record |= validate(last)
+                    if last or validating or update.fault or run.step % config.log_every == 0:
+                        record |= meter.report(loader.stalled)
+                        record["memory_gb"] = memory_gb(engine.device)
+                        stage.log(run.step, **record)
+                        speed = round(record["tokens_per_second"])
+                        peak = f"{record['peak_share']:.0%}"
+                        bar.update(0, **{"loss": update.loss, "tokens/s": speed, "peak": peak})
+                    bar.update(1)
+                    if last or run.step % config.checkpoint_every == 0:
+                        save(wait=last)
+                    if last:
+                        break
+
+    # --- what it came to ------------------------------------------------------------------
+    ledger.close()
+    if stage.is_main:
+        stage.summary.update(run.final)
+        guesses = [context_free_loss(a, b) for a, b in zip(sets, held_out, strict=True)]
+        stage.summary["unigram_loss"] = sum(guesses) / len(guesses)
+        stage.summary["parameters"] = engine.parameter_count
+        stage.summary["tokens_seen"] = run.tokens_seen
+        stage.summary["best_step"] = run.best_step
+        stage.summary["skipped_steps"] = monitor.skipped
+        stage.summary["rollbacks"] = monitor.rollbacks
+    engine.barrier()
+
+
+def batch_sizes(config: Config, world_size: int) -> list[tuple[int, int]]:
+    """[(from_step, rows), …]; RequestError where a batch does not divide by ranks."""
+    ramp = [(0, config.batch_size)]
+    if config.batch_ramp is not None:
+        ramp = []
+        for step in range(config.batch_ramp.steps + 1):
+            size = config.batch_ramp.batch_size(step, config.batch_size)
+            if not ramp or ramp[-1][1] != size:
+                ramp.append((step, size))
+    parts = world_size * config.accumulate
+    for _, size in ramp:
+        if size % parts:
+            raise RequestError(
+                f"a batch of {size} rows does not divide by {world_size} ranks x accumulate "
+                f"{config.accumulate}; take a multiple of {parts}"
+            )
+    return ramp
+
+
+def seed_of(seed: int, step: int, rank: int) -> int:
+    """A seed for everything random in one step on one rank (dropout, dropped classes)."""
+    return (seed * 1_000_003 + step) * 65_537 + rank

@@ -1,0 +1,150 @@
+"""From a stage's token artifacts to the mixture, the model's config and its description."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from chainrule.pipeline.artifact import Artifact
+from chainrule.pipeline.config import RequestError, Settings, digest
+from chainrule.pipeline.data.batches import Mixture, mixture_of
+from chainrule.pipeline.data.tokens import TokenSet
+from chainrule.pipeline.models.registry import FAMILIES, PRESETS, resolve
+
+
+def known_model(spec: str | dict[str, Any]) -> str | dict[str, Any]:
+    """`spec` again; ValueError where its preset or family does not exist."""
+    from chainrule.pipeline.config import nearest
+
+    name = spec if isinstance(spec, str) else spec.get("preset")
+    if name is not None and name not in PRESETS:
+        raise ValueError(f"unknown preset '{name}'{nearest(str(name), list(PRESETS))}")
+    if isinstance(spec, dict) and name is None:
+        family = spec.get("family")
+        if family is None:
+            raise ValueError("give a 'preset' or a 'family'")
+        if family not in FAMILIES:
+            raise ValueError(f"unknown family '{family}'{nearest(str(family), list(FAMILIES))}")
+    return spec
+
+
+def training_sets(artifacts: Sequence[Artifact]) -> list[TokenSet]:
+    """The train split of each token artifact."""
+    return [TokenSet.open(artifact.folder, "train") for artifact in artifacts]
+
+
+def mixture(
+    sets: Sequence[TokenSet], context: int, weights: dict[str, float] | None, seed: int
+) -> Mixture:
+    """The sets drawn by their weights (by the names of their stages). RequestError."""
+    ordered = None
+    if weights is not None:
+        names = [tokens.name for tokens in sets]
+        if set(weights) != set(names):
+            raise RequestError(
+                f"mixture_weights names {sorted(weights)}, the tokens are {sorted(names)}"
+            )
+        ordered = [weights[name] for name in names]
+    return mixture_of(sets, context=context, weights=ordered, seed=seed)
+
+
+def model_config(spec: str | dict[str, Any], sets: Sequence[TokenSet]) -> Settings:
+    """The model's whole config: what the tokens settle is filled in.
+
+    - vocabulary_size: that of the (joint) vocabulary; a larger one that was asked for stays
+    - event_shape: the grid, where all sets are grids of one shape
+    - classes: their number, where the sets have labels and the family takes a condition
+    - bos: the vocabulary's special `bos`, where there is one and the family can start on it
+
+    RequestError, one line, where spec and tokens contradict each other.
+    """
+    asked = {} if isinstance(spec, str) else dict(spec)
+    vocabulary = mixture_of(sets, context=1 if _packed(sets) else None).vocabulary
+    filled: dict[str, Any] = {"vocabulary_size": vocabulary.size}
+    size = asked.get("vocabulary_size")
+    if size is not None:
+        if size < vocabulary.size:
+            raise RequestError(
+                f"model.vocabulary_size {size}: the tokens go up to {vocabulary.size - 1}; "
+                "leave it out"
+            )
+        filled["vocabulary_size"] = size
+    grids = {tokens.grid for tokens in sets}
+    if len(grids) == 1 and None not in grids:
+        (grid,) = grids
+        assert grid is not None
+        shape = asked.get("event_shape")
+        if shape is not None and math.prod(shape) != math.prod(grid):
+            raise RequestError(
+                f"model.event_shape {tuple(shape)}: the tokens are grids of {grid}; leave it out"
+            )
+        filled["event_shape"] = tuple(shape) if shape is not None else grid
+        if "context" in asked and asked["context"] != math.prod(grid):
+            raise RequestError(
+                f"model.context {asked['context']}: the tokens are grids of {grid}, "
+                f"{math.prod(grid)} elements; leave it out"
+            )
+    family = _family(spec)
+    fields = FAMILIES[family][0].model_fields
+    classes = [tokens.classes for tokens in sets if tokens.classes is not None]
+    if classes and "classes" in fields and "classes" not in asked:
+        filled["classes"] = max(len(names) for names in classes)
+    if "bos" in fields and "bos" not in asked:
+        conditioned = asked.get("classes", filled.get("classes")) is not None
+        filled["bos"] = None if conditioned else vocabulary.specials.get("bos")
+    try:
+        return resolve(spec, **filled)
+    except ValueError as error:
+        raise RequestError(str(error)) from None
+
+
+def _family(spec: str | dict[str, Any]) -> str:
+    if isinstance(spec, str):
+        return str(PRESETS[spec]["family"])
+    if "preset" in spec:
+        return str(PRESETS[spec["preset"]]["family"])
+    return str(spec["family"])
+
+
+def _packed(sets: Sequence[TokenSet]) -> bool:
+    return any(tokens.grid is None for tokens in sets)
+
+
+def describe(
+    config: Settings, drawn: Mixture, sets: Sequence[TokenSet], artifacts: Sequence[Artifact]
+) -> dict[str, Any]:
+    """`model.json`: what handoff needs to know of the model beside its weights."""
+    classes = next((tokens.classes for tokens in sets if tokens.classes is not None), None)
+    modalities = list(dict.fromkeys(tokens.modality for tokens in sets))
+    seen = dict.fromkeys((t.tokenizer_kind, t.tokenizer_fingerprint, t.modality) for t in sets)
+    tables: dict[str, list[list[int]]] = {}
+    for member in drawn.members:
+        if member.table is not None:
+            tables[member.tokens.tokenizer_fingerprint] = _runs(member.table.tolist())
+    return {
+        "model": config.model_dump(mode="json"),
+        "vocabulary": drawn.vocabulary.as_dict(),
+        "modality": modalities[0] if len(modalities) == 1 else "mixed",
+        "grid": list(sets[0].grid) if sets[0].grid is not None and len(sets) == 1 else None,
+        "classes": classes if getattr(config, "classes", None) is not None else None,
+        "tokenizers": [
+            {
+                "kind": kind,
+                "fingerprint": fingerprint,
+                "modality": modality,
+                "ids": tables.get(fingerprint),
+            }
+            for kind, fingerprint, modality in seen
+        ],
+        "tokens": [artifact.fingerprint or digest(artifact.index) for artifact in artifacts],
+    }
+
+
+def _runs(table: list[int]) -> list[list[int]]:
+    """A table of joint ids as [first own id, first joint id, how many] runs."""
+    runs: list[list[int]] = []
+    for own, joint in enumerate(table):
+        if runs and runs[-1][1] + runs[-1][2] == joint and runs[-1][0] + runs[-1][2] == own:
+            runs[-1][2] += 1
+        else:
+            runs.append([own, joint, 1])
+    return runs

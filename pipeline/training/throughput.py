@@ -1,0 +1,126 @@
+"""How fast it goes, beside what the machine could do."""
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from chainrule.pipeline.models.contract import Autoregressive
+
+PEAK_WITHIN_S = 0.4
+
+
+def flops_per_element(model: Autoregressive) -> float:
+    """Floating point operations of forward and backward for one element of an event.
+
+    Transformers: 6N + 12 L d T (Chowdhery et al. 2022, appendix B): N weights that are
+    multiplied with (no embedding tables, but the output layer), L layers of width d, T
+    elements. The attention term counts the whole square, though causality needs half of it.
+    Others: counted on one event by torch's FlopCounterMode, backward as twice the forward.
+    """
+    config = model.config
+    length = torch.Size(model.event_shape).numel()
+    if hasattr(config, "layers") and hasattr(config, "heads"):
+        return 6.0 * multiplied_weights(model) + 12.0 * config.layers * config.width * length
+    device = next(model.parameters()).device
+    if getattr(config, "vocabulary_size", None) is None:
+        x = torch.zeros(1, *model.event_shape, device=device)
+    else:
+        x = torch.zeros(1, *model.event_shape, dtype=torch.long, device=device)
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), counter:
+        model(x)
+    return 3.0 * counter.get_total_flops() / length
+
+
+def multiplied_weights(model: nn.Module) -> int:
+    """Elements of the weight matrices that take part in a product for each element."""
+    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    total = sum(p.numel() for p in model.parameters() if p.ndim >= 2)
+    total -= sum(table.numel() for table in tables)
+    positions = getattr(model, "positions", None)
+    if isinstance(positions, nn.Parameter):
+        total -= positions.numel()
+    head = getattr(getattr(model, "head", None), "weight", None)
+    if any(head is table for table in tables):
+        total += head.numel()  # type: ignore[union-attr]  # tied: looked up and multiplied with
+    return total
+
+
+def measured_peak(device: torch.device, precision: str) -> float:
+    """FLOP/s of a large square matrix product here and now; a few tenths of a second."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    best = 0.0
+    until = time.perf_counter() + PEAK_WITHIN_S
+    while time.perf_counter() < until or best == 0.0:
+        _synchronise(device)
+        began = time.perf_counter()
+        a @ a
+        _synchronise(device)
+        best = max(best, 2.0 * size**3 / (time.perf_counter() - began))
+    return best
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def memory_gb(device: torch.device) -> float:
+    """Most memory used so far, in GB (10^9 bytes): of the GPU, or resident of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+class Meter:
+    """Rates over the steps since the last report. Time spent on other things is left out."""
+
+    def __init__(self, flops_per_element: float, peak: float) -> None:
+        """`peak`: FLOP/s of all ranks together."""
+        self._flops, self._peak = flops_per_element, peak
+        self._elements = 0.0
+        self._began = time.perf_counter()
+        self._left_out: dict[str, float] = {}
+        self._stalled_before = 0.0
+
+    def step(self, elements: float) -> None:
+        self._elements += elements
+
+    @contextmanager
+    def leaving_out(self, what: str) -> Iterator[None]:
+        """Time inside is no part of training speed; it is reported as `<what>_s`."""
+        began = time.perf_counter()
+        yield
+        spent = time.perf_counter() - began
+        self._left_out[what] = self._left_out.get(what, 0.0) + spent
+
+    def report(self, data_stalled: float) -> dict[str, float]:
+        """Rates since the last report; `data_stalled` is the loader's total of seconds.
+
+        `data_stall` is the share of training time that was waiting for data; a checkpoint
+        made since the last report shows as `checkpoint_s`, the seconds that training stood.
+        """
+        now = time.perf_counter()
+        spent = max(now - self._began - sum(self._left_out.values()), 1e-9)
+        rate = self._elements / spent
+        stalled = max(data_stalled - self._stalled_before, 0.0)
+        found = {
+            "tokens_per_second": rate,
+            "model_flops_per_second": rate * self._flops,
+            "peak_share": rate * self._flops / self._peak,
+            "data_stall": stalled / spent,
+            **{f"{what}_s": seconds for what, seconds in self._left_out.items()},
+        }
+        self._elements, self._began = 0.0, now
+        self._left_out.clear()
+        self._stalled_before = data_stalled
+        return found

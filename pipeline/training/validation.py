@@ -1,0 +1,84 @@
+"""Loss on held-out tokens, and the best guess that ignores the context."""
+
+from collections.abc import Sequence
+from itertools import islice
+
+import numpy as np
+import torch
+
+from chainrule.pipeline.artifact import Artifact, ArtifactError
+from chainrule.pipeline.data.batches import Mixture, mixture_of, sequential
+from chainrule.pipeline.data.tokens import TokenSet
+from chainrule.pipeline.evaluation.likelihood import unigram_nats
+from chainrule.pipeline.training.engine import Engine
+from chainrule.pipeline.training.objective import Objective
+
+
+class Validation:
+    """The validation splits of the training sets, each row once, on all ranks."""
+
+    def __init__(self, sets: list[TokenSet], context: int, batch_size: int, seed: int) -> None:
+        """`sets` in the order of the training mixture, so that joint ids are the same.
+
+        Rows lie in a fixed shuffled order: the first few batches are a fair sample.
+        """
+        whole = mixture_of(sets, context=context, seed=seed)
+        self.names = [tokens.name for tokens in sets]
+        self._single = [Mixture([m], vocabulary=whole.vocabulary) for m in whole.members]
+        self._batch_size = batch_size
+
+    def losses(
+        self, engine: Engine, objective: Objective, batches: int | None = None
+    ) -> dict[str, float]:
+        """Nats an element over the first `batches` of each set, or the whole split.
+
+        `validation_loss` is the mean over the sets; of several, each has
+        `validation_loss.<name>` as well. Collective.
+        """
+        found: dict[str, float] = {}
+        engine.wrapped.eval()
+        with torch.no_grad():
+            for name, mixture in zip(self.names, self._single, strict=True):
+                nats = elements = 0.0
+                stream = sequential(mixture, self._batch_size, engine.rank, engine.world_size)
+                for batch in islice(stream, batches):
+                    nats += objective(engine.wrapped, batch.to(engine.device))[1].item()
+                    elements += batch.tokens
+                nats, elements = engine.sum(nats, elements)
+                found[name] = nats / elements
+        engine.wrapped.train()
+        mean = {"validation_loss": sum(found.values()) / len(found)}
+        if len(found) == 1:
+            return mean
+        return mean | {f"validation_loss.{name}": loss for name, loss in found.items()}
+
+
+def validation_sets(artifacts: Sequence[Artifact]) -> list[TokenSet]:
+    """The validation split of each token artifact; ArtifactError where one has none."""
+    sets = []
+    for artifact in artifacts:
+        try:
+            sets.append(TokenSet.open(artifact.folder, "validation"))
+        except ArtifactError as error:
+            raise ArtifactError(f"{error}; ingest it with validation: 0.1") from None
+    return sets
+
+
+def context_free_loss(training: TokenSet, held_out: TokenSet, at_most: int = 20_000_000) -> float:
+    """Nats an element of the held-out tokens under the training tokens' frequencies.
+
+    The unigram: the best guess that looks at no context (one is added to every count).
+    """
+    return unigram_nats(_counts(training, at_most), _counts(held_out, at_most))
+
+
+def _counts(tokens: TokenSet, at_most: int) -> np.ndarray:
+    counts = np.zeros(tokens.vocabulary.size, np.int64)
+    used = 0
+    for i in range(tokens.samples):
+        array, _ = tokens[i]
+        counts += np.bincount(array.reshape(-1), minlength=len(counts))
+        used += array.size
+        if used >= at_most:
+            break
+    return counts
