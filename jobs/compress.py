@@ -60,7 +60,7 @@ def open_adapter(source: Source) -> Adapter:
             "the model folder carries no tokenizer, so it says nothing of files; "
             "hand the model off together with its tokenizer"
         )
-    with torch.inference_mode():
+    with torch.no_grad():
         try:
             model.cursor(1).next.pmf()
         except TypeError as error:
@@ -96,7 +96,7 @@ def class_chooser(source: Source) -> Callable[[Symbols], int] | None:
         return None
     model, elements = source.model, source.elements
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def choose(item: Symbols) -> int:
         head = torch.from_numpy(item[:elements])[None].to(source.device)
         if len(item) >= elements:
@@ -290,6 +290,8 @@ def printed(reports: Sequence[Report], container_bytes: int) -> Iterator[str]:
     """A line a file, and one for the whole container."""
     for r in reports:
         ideal = f", the model's own {r.ideal_bytes:,.1f}" if r.ideal_bytes is not None else ""
+        if r.cut_bytes >= 1:
+            ideal += f" ({r.cut_bytes:,.0f} of it for cutting into rows)"
         why = f" ({r.why})" if r.why else ""
         exact = "" if r.exact == "bytes" else f"; comes back with the same {r.exact}, not bytes"
         yield (

@@ -38,6 +38,8 @@ class Report:
     """Sum of -log2 p / 8 under the model; None for what fell back."""
     coded_bytes: int
     """Its streams. The container adds its header (names, checksums, contract) once."""
+    cut_bytes: float = 0.0
+    """About how many of the ideal bytes the cuts into rows cost (see `blocks.py`)."""
     exact: str = "bytes"
 
     @property
@@ -74,6 +76,13 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def _shorter(data: bytes) -> bytes:
+    """zstd of the data where that is shorter, the data themselves otherwise (also at a tie:
+    the lengths alone tell which it is)."""
+    folded = fold(data)
+    return folded if len(folded) < len(data) else data
+
+
 def pack(
     model: Model,
     adapter: Adapter,
@@ -93,13 +102,13 @@ def pack(
             splits.append(adapter.split(data))
         except NotForModel as reason:
             splits.append(reason)
-    fallback = [min((fold(data), data), key=len) for _, data in files]
+    fallback = [_shorter(data) for _, data in files]
     while True:
         coded, classes = _code(model, adapter, splits, layout, choose_class, report)
         larger = [
             i
             for i, stream in coded.items()
-            if sum(len(part) for part in stream[:-1]) >= len(fallback[i])
+            if sum(len(part) for part in stream[:3]) >= len(fallback[i])
         ]
         if not larger:
             break
@@ -116,7 +125,7 @@ def _code(
     choose_class: Callable[[Symbols], int] | None,
     report: Callable[[int], None],
 ) -> tuple[dict[int, Any], dict[str, Any]]:
-    """file -> (stream, places, extra, ideal bits), and the header's `coded` entry."""
+    """file -> (stream, places, extra, ideal bits, bits of cuts), and the header's `coded`."""
     chosen = [(i, split) for i, split in enumerate(splits) if isinstance(split, Split)]
     items = [item for _, split in chosen for item in split.items]
     owners = [n for n, (_, split) in enumerate(chosen) for _ in split.items]
@@ -130,8 +139,8 @@ def _code(
             coder.encode_uniform(*split.places)
             places = coder.finish()
             bits += float(np.log2(split.places[0]).sum())
-        extra = min((fold(split.extra), split.extra), key=len)
-        coded[i] = (result.streams[n], places, extra, bits)
+        extra = _shorter(split.extra)
+        coded[i] = (result.streams[n], places, extra, bits, result.cut_bits[n])
     entry = {
         "lengths": [len(item) for item in items],
         "owners": owners,
@@ -156,7 +165,7 @@ def _assemble(
         record: dict[str, Any] = {"name": name, "length": len(data), "sha256": _sha256(data)}
         record["stream"] = len(streams)
         if isinstance(split, Split):
-            stream, places, extra, bits = coded[i]
+            stream, places, extra, bits, cut = coded[i]
             streams += [stream, places, extra]
             size = len(stream) + len(places) + len(extra)
             record |= {
@@ -166,9 +175,8 @@ def _assemble(
                 "extra": len(split.extra),
                 "exact": split.exact,
             }
-            reports.append(
-                Report(name, f"model ({split.form})", "", len(data), bits / 8, size, split.exact)
-            )
+            how = f"model ({split.form})"
+            reports.append(Report(name, how, "", len(data), bits / 8, size, cut / 8, split.exact))
         else:
             how = "zstd" if len(fallback[i]) < len(data) else "raw"
             streams.append(fallback[i])
@@ -285,7 +293,7 @@ def _decode_items(
 
 
 def _most_symbols(model: Model, streams: list[bytes]) -> float:
-    with torch.inference_mode():
+    with torch.no_grad():
         size = model.cursor(1).next.pmf().shape[-1]
     spare = 64 * len(streams)  # bits that a stream's last word still tells apart
     return (8 * sum(len(s) for s in streams) + spare) / least_bits(size)

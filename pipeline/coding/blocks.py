@@ -15,7 +15,11 @@ The path of a symbol, the same in both directions (`_walk` is called by encode a
 4. Each file has its own stream: its rows that share a batch are interleaved in it.
 
 What cutting costs: the first symbols of each row have no context before them. `least_row`
-keeps rows long; `layout.rows = 1` codes an item as one row.
+keeps rows long; `layout.rows = 1` codes an item as one row. `Coded.cut_bits` says what the
+cuts cost: bits of the rows' first symbols above what the item's other symbols cost on average.
+
+With `layout.adapt` the model learns on the way (`adapt.py`): every few positions a step is
+taken on the symbols just coded, and a new cursor is made of the changed model.
 
 Shapes: R rows of a batch, V symbols of the alphabet.
 """
@@ -32,6 +36,7 @@ import numpy.typing as npt
 import torch
 from pydantic import Field
 
+from chainrule.pipeline.coding.adapt import Adapt, Learner
 from chainrule.pipeline.coding.entropy import CodingError, Decoder, Encoder, Integers, quantise
 from chainrule.pipeline.config import Settings
 
@@ -50,6 +55,7 @@ class Layout(Settings):
     overlap: float = Field(
         0.5, ge=0, lt=1, description="part of the context kept when the context is full"
     )
+    adapt: Adapt | None = Field(None, description="learn while coding, both sides alike")
 
 
 class Model(Protocol):
@@ -90,6 +96,11 @@ def plan(lengths: Sequence[int], layout: Layout, cut: bool = True) -> list[list[
     return [rows[i : i + layout.rows] for i in range(0, len(rows), layout.rows)]
 
 
+def kept(context: int, layout: Layout) -> int:
+    """Symbols that a new cursor is fed when the one before it is full."""
+    return min(int(context * layout.overlap), context - 1)
+
+
 def context_of(model: Model) -> int:
     """Elements of one event of the model: what a cursor can hold."""
     return math.prod(model.event_shape)
@@ -103,27 +114,43 @@ class Coded:
     checks: list[int]
     ideal_bits: list[float]
     """Sum of -log2 p(symbol) under the model, one a stream."""
+    cut_bits: list[float]
+    """About how many of them the cuts into rows cost, one a stream."""
 
 
-@torch.inference_mode()
+class _Bits:
+    """-log2 p of the symbols of a batch: of the first `head` positions of each row, and after."""
+
+    def __init__(self, rows: int, head: int) -> None:
+        self.head = head
+        self.bits = np.zeros((rows, 2))
+        self.symbols = np.zeros((rows, 2), dtype=np.int64)
+
+    def add(self, t: int, active: npt.NDArray[np.int64], bits: npt.NDArray[np.float64]) -> None:
+        part = 0 if t < self.head else 1
+        self.bits[active, part] += bits
+        self.symbols[active, part] += 1
+
+
+@torch.no_grad()  # not inference_mode: what a model caches must be fit for a learner's gradients
 def _walk(
     model: Model,
+    learner: Learner | None,
     rows: list[Row],
     layout: Layout,
     classes: Sequence[int] | None,
     symbols: Symbols,
     step: Callable[[list[int], Integers, int], None],
-    bits: npt.NDArray[np.float64] | None = None,
+    bits: _Bits | None = None,
 ) -> Iterator[Symbols]:
     """Visit each position of a batch; yield the column (R,) of symbols, -1 where a row ended.
 
     `symbols` (R, L) holds what is known: all of it when encoding; decoding fills it, column t
-    by `step(active rows, their tables, t)`. Past a row's end it is zero. When encoding, `bits`
-    (R,) gathers -log2 p.
+    by `step(active rows, their tables, t)`. Past a row's end it is zero.
     """
     device = next(iter(model.parameters())).device
     context = context_of(model)
-    keep = min(int(context * layout.overlap), context - 1)
+    keep = kept(context, layout)
     length = rows[0].length
     lengths = np.array([row.length for row in rows])
     cond = None
@@ -132,16 +159,23 @@ def _walk(
     cursor = model.cursor(len(rows), cond)
     held = 0  # elements the cursor has been fed
     for t in range(length):
-        if held == context:
+        learned = learner is not None and t > 0 and t % learner.settings.every == 0
+        if learned:
+            assert learner is not None
+            start = max(0, t - context)
+            window = torch.from_numpy(symbols[:, start:t].copy()).to(device)
+            counted = np.arange(start, t) < lengths[:, None]
+            learner.learn(window, cond, counted, max(0, t - learner.settings.every - start))
+        if held == context or learned:
+            held = min(keep, t)
             cursor = model.cursor(len(rows), cond)
-            if keep:
-                cursor.advance(torch.from_numpy(symbols[:, t - keep : t].copy()).to(device))
-            held = keep
+            if held:
+                cursor.advance(torch.from_numpy(symbols[:, t - held : t].copy()).to(device))
         conditional = cursor.next
         active = np.flatnonzero(lengths > t)
         if bits is not None:
             nats = conditional.log_prob(torch.from_numpy(symbols[:, t].copy()).to(device))
-            bits[active] -= nats.double().cpu().numpy()[active] / math.log(2)
+            bits.add(t, active, -nats.double().cpu().numpy()[active] / math.log(2))
         try:
             pmf = conditional.pmf()
         except TypeError as error:
@@ -194,25 +228,62 @@ def encode(
     `cut` False: every item is one event of the model (an image), never longer.
     `report` is told how many symbols each step coded.
     """
-    model.eval()
+    model, learner = _prepare(model, layout)
     encoders = [Encoder() for _ in range(max(owners, default=-1) + 1)]
-    ideal = np.zeros(len(encoders))
+    price = _Price(len(encoders))
     checks: list[int] = []
     for rows in plan([len(item) for item in items], layout, cut):
         symbols = np.zeros((len(rows), rows[0].length), dtype=np.int64)
         for r, row in enumerate(rows):
             symbols[r, : row.length] = items[row.item][row.start : row.stop]
-        bits = np.zeros(len(rows))
+        bits = _Bits(len(rows), kept(context_of(model), layout))
         step = partial(_encode_step, encoders, [owners[row.item] for row in rows], symbols)
         running = _Checks()
-        for column in _walk(model, rows, layout, classes, symbols, step, bits):
+        for column in _walk(model, learner, rows, layout, classes, symbols, step, bits):
             check = running.column(column)
             if check is not None:
                 checks.append(check)
             report(int((column >= 0).sum()))
         for r, row in enumerate(rows):
-            ideal[owners[row.item]] += bits[r]
-    return Coded([encoder.finish() for encoder in encoders], checks, ideal.tolist())
+            price.add(owners[row.item], row, bits.bits[r], bits.symbols[r])
+    return Coded(
+        [encoder.finish() for encoder in encoders], checks, price.total.tolist(), price.of_cuts()
+    )
+
+
+class _Price:
+    """What each stream should cost, and how much of it is the price of cutting."""
+
+    def __init__(self, streams: int) -> None:
+        self.total = np.zeros(streams)
+        self._heads = np.zeros((streams, 2))  # bits and symbols: heads of rows after the first
+        self._rest = np.zeros((streams, 2))
+
+    def add(
+        self,
+        stream: int,
+        row: Row,
+        bits: npt.NDArray[np.float64],
+        symbols: npt.NDArray[np.int64],
+    ) -> None:
+        self.total[stream] += bits.sum()
+        if row.start > 0:
+            self._heads[stream] += bits[0], symbols[0]
+        self._rest[stream] += bits[1], symbols[1]
+
+    def of_cuts(self) -> list[float]:
+        typical = self._rest[:, 0] / np.maximum(self._rest[:, 1], 1)
+        costs = self._heads[:, 0] - self._heads[:, 1] * typical
+        return np.where(self._rest[:, 1] > 0, np.maximum(costs, 0), 0.0).tolist()
+
+
+def _prepare(model: Model, layout: Layout) -> tuple[Model, Learner | None]:
+    """The model that codes (a copy, if it is to learn) and its learner."""
+    model.eval()
+    if layout.adapt is None:
+        return model, None
+    learner = Learner(model, layout.adapt)
+    return learner.model, learner
 
 
 def _encode_step(
@@ -240,7 +311,7 @@ def decode(
     report: Callable[[int], None] = lambda symbols: None,
 ) -> list[Symbols]:
     """The items that `encode` coded. CodingError where a check fails."""
-    model.eval()
+    model, learner = _prepare(model, layout)
     decoders = [Decoder(stream) for stream in streams]
     items = [np.zeros(length, dtype=np.int64) for length in lengths]
     expected = iter(checks)
@@ -249,7 +320,7 @@ def decode(
         symbols = np.zeros((len(rows), rows[0].length), dtype=np.int64)
         step = partial(_decode_step, decoders, [owners[row.item] for row in rows], symbols)
         running = _Checks()
-        for column in _walk(model, rows, layout, classes, symbols, step):
+        for column in _walk(model, learner, rows, layout, classes, symbols, step):
             check = running.column(column)
             if check is not None and check != next(expected, None):
                 raise CodingError(

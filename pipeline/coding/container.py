@@ -87,6 +87,11 @@ def read(path: Path) -> Container:
         data = path.read_bytes()
     except OSError as error:
         raise ContainerError(f"{path}: cannot be read ({error.strerror})") from None
+    return parse(path, data)
+
+
+def parse(path: Path, data: bytes) -> Container:
+    """The container that `data` holds; `path` is for the messages."""
     if not data.startswith(MAGIC):
         raise ContainerError(f"{path}: not a container of chainrule")
     if len(data) < len(MAGIC) + 4 + 32:

@@ -18,7 +18,7 @@ import constriction
 import numpy as np
 import numpy.typing as npt
 
-ONE_LEVEL = 256
+ONE_LEVEL = 512
 """Largest alphabet coded with a single table."""
 PRECISION = 30
 """Bits of the integer frequencies; the sum of a row stays below 2**31, exact in a float64."""
@@ -59,7 +59,9 @@ def least_bits(size: int) -> float:
     So a stream of n bytes cannot hold more than 8 n / least_bits(V) symbols (and a few, which
     its last byte still separates): a container that claims more is damaged or hostile.
     """
-    return max(min(size, ONE_LEVEL) - 1, 1) * 2.0**-24
+    bits = bucket_bits(size)
+    others = size - 1 if bits == 0 else -(-size // (1 << bits)) - 1 + (1 << bits) - 1
+    return max(others, 1) * 2.0**-24
 
 
 def bucket_bits(size: int) -> int:
