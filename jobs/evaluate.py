@@ -36,6 +36,7 @@ from chainrule.pipeline.evaluation.likelihood import (
     unigram_nats,
 )
 from chainrule.pipeline.evaluation.round_trip import measure_audio, measure_images, measure_texts
+from chainrule.pipeline.models.made import MADE
 from chainrule.pipeline.stage import Input, Stage, StageFailed
 
 INPUTS = {
@@ -129,6 +130,8 @@ def likelihood(
     for i, nats in enumerate(parts.samples()):
         tally.add(nats, labels[i] if labels is not None else None)
     _figures_of_tokens(config, source, tokens, tally, as_events, figures)
+    if as_events:
+        _figures_of_ensemble(config, source, tokens, samples, figures)
     if tokens.modality == "text":
         _figures_of_text(config, stage, tokens, samples, tally, figures)
     elif tokens.modality == "image":
@@ -219,15 +222,40 @@ def _score(
         yield from score_documents(model, documents(), stride, config.batch_size)
         return
 
-    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        for start in range(todo.start, todo.stop, config.batch_size):
-            pairs = [tokens[i] for i in range(start, min(start + config.batch_size, todo.stop))]
-            x = torch.from_numpy(np.stack([t.ravel() for t, _ in pairs]).astype(np.int64))
-            known = [_label(tokens, source, meta) for _, meta in pairs]
-            cond = None if known[0] is None else torch.tensor(known)
-            yield x.reshape(len(pairs), *model.event_shape), cond
+    yield from score_events(model, _event_batches(config, source, tokens, todo))
 
-    yield from score_events(model, batches())
+
+def _event_batches(
+    config: Config, source: Source, tokens: HeldOut, todo: range
+) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """(B, *event_shape) tokens and (B,) classes of the samples, in order."""
+    for start in range(todo.start, todo.stop, config.batch_size):
+        pairs = [tokens[i] for i in range(start, min(start + config.batch_size, todo.stop))]
+        x = torch.from_numpy(np.stack([t.ravel() for t, _ in pairs]).astype(np.int64))
+        known = [_label(tokens, source, meta) for _, meta in pairs]
+        cond = None if known[0] is None else torch.tensor(known)
+        yield x.reshape(len(pairs), *source.model.event_shape), cond
+
+
+@torch.inference_mode()
+def _figures_of_ensemble(
+    config: Config, source: Source, tokens: HeldOut, samples: int, figures: Figures
+) -> None:
+    """A MADE of several masks as the mixture of them all: one likelihood a sample."""
+    model = source.model
+    if not isinstance(model, MADE) or model.config.masks == 1:
+        return
+    device = next(model.parameters()).device
+    nats = 0.0
+    for x, cond in _event_batches(config, source, tokens, range(samples)):
+        given = None if cond is None else cond.to(device)
+        nats -= float(model.ensemble_log_prob(x.to(device), given).double().sum())
+    figures.put(
+        "ensemble_nats_per_sample",
+        nats / max(samples, 1),
+        config.split,
+        f"nats of -log of the mean of p(sample) over the model's {model.config.masks} masks",
+    )
 
 
 def _figures_of_tokens(

@@ -325,6 +325,26 @@ def test_pixels_have_bits_per_dim_and_codes_do_not(tmp_path):
         evaluate.main(Config(), stage_of(tmp_path / "out3", model=folder, tokens=tokens_of_another))
 
 
+def test_masks_of_a_made_are_scored_as_one_mixture(tmp_path):
+    tokenizer = PixelTokenizer(PixelSettings(levels=2))
+    tokens = token_images(tmp_path / "tokens", tokenizer)
+    folder, model = model_folder(
+        tmp_path / "model",
+        tokenizer,
+        {"family": "made", "event_shape": [8, 8], "masks": 3, "order_agnostic": True},
+    )
+    stage = stage_of(tmp_path / "out", model=folder, tokens=tokens)
+    evaluate.main(Config(batch_size=7), stage)
+    found = figures(stage.folder)
+    pixels, _ = images("validation")
+    x = torch.from_numpy(np.stack(tokenizer.encode(list(pixels))).astype(np.int64))
+    with torch.no_grad():
+        own, mixed = -model.log_prob(x).sum(1).mean(), -model.ensemble_log_prob(x).mean()
+    assert found["nats_per_sample"] == pytest.approx(own.item(), rel=1e-5)
+    assert found["ensemble_nats_per_sample"] == pytest.approx(mixed.item(), rel=1e-5)
+    assert "3 masks" in found["ensemble_nats_per_sample.unit"]
+
+
 def test_a_tokenizer_alone(tmp_path):
     tokenizer = PixelTokenizer(PixelSettings(levels=4))
     tokenizer.save(tmp_path / "tokenizer")
