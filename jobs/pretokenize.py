@@ -77,6 +77,7 @@ def open_inputs(config: Config, stage: Stage) -> tuple[Shards, Tokenizer]:
             f"{raw.folder}: holds {shards.modality}; the tokenizer of {folder} is one of "
             f"{tokenizer.modality}"
         )
+    _require_rate(raw.folder, shards, folder, tokenizer)
     health = tokenizer.card().get("health", {})
     usage = health.get("usage_of_reachable")
     if usage is not None and usage < config.minimum_usage and not config.accept_collapsed:
@@ -88,6 +89,17 @@ def open_inputs(config: Config, stage: Stage) -> tuple[Shards, Tokenizer]:
             "or set accept_collapsed: true"
         )
     return shards, tokenizer
+
+
+def _require_rate(data: Path, shards: Shards, folder: Path, tokenizer: Tokenizer) -> None:
+    """Recordings must be at the tokenizer's sampling rate (ingest resamples)."""
+    wanted = tokenizer.card().get("sample_rate")
+    first = next(shards.iterate(shards.entries[0]["split"]), None) if wanted else None
+    if first is not None and first.meta.get("sample_rate", wanted) != wanted:
+        raise StageFailed(
+            f"{data}: recordings at {first.meta['sample_rate']} Hz, the tokenizer of {folder} "
+            f"takes {wanted} Hz; set sample_rate: {wanted} in ingest"
+        )
 
 
 # --- encoding ---------------------------------------------------------------------------

@@ -7,6 +7,7 @@ own statistics, so that n ranks train what one would, but for rounding.
 
 import math
 import shutil
+import signal
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,13 +17,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from chainrule.pipeline.data.image_batches import ImageBatches
-from chainrule.pipeline.stage import Stage, StageFailed
+from chainrule.pipeline.stage import Stage, StageFailed, StageInterrupted
 from chainrule.pipeline.training.checkpoints import Checkpoint, CheckpointWriter, newest, snapshot
 from chainrule.tokenizers.autoencoder import Autoencoder, AutoencoderTokenizer, to_pixels
 from chainrule.tokenizers.vqvae import VQVAETokenizer
 
 LEARNED: dict[str, type[AutoencoderTokenizer]] = {"vqvae": VQVAETokenizer}
 CHECKPOINTS = "checkpoints"
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""What asks for a checkpoint and a stop (Slurm's preemption and time limit)."""
 START_VECTORS_A_CODE = 8
 """k-means of a codebook's start sees about so many features for each code..."""
 MOST_START_BATCHES = 64
@@ -52,8 +55,10 @@ class Trainer:
         self.counts = torch.zeros(config.tokenizer.codebook_size, device=self.device)
         self.checkpoints = stage.folder / CHECKPOINTS
         self._writer: CheckpointWriter | None = None
+        self._asked = self._stopping = False
 
     def __enter__(self) -> "Trainer":
+        self._handlers = {number: signal.signal(number, self._ask_to_stop) for number in SIGNALS}
         if self.stage.world_size > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         return self
@@ -61,8 +66,21 @@ class Trainer:
     def __exit__(self, *_: object) -> None:
         if self._writer is not None:
             self._writer.wait()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
+
+    def _ask_to_stop(self, number: int, _frame: object) -> None:
+        self._asked = True
+
+    def stop_if_asked(self, step: int) -> None:
+        """After SIGTERM or SIGUSR1 on any rank: save, then StageInterrupted on all."""
+        if self._stopping:
+            self.save(step)
+            if self._writer is not None:
+                self._writer.wait()
+            raise StageInterrupted(f"stage '{self.stage.name}': saved at step {step}")
 
     # --- steps ------------------------------------------------------------------------
 
@@ -84,11 +102,13 @@ class Trainer:
         self.optimizer.step()
         with torch.no_grad():
             self.counts += torch.bincount(quantized.codes.flatten(), minlength=len(self.counts))
-            figures = torch.stack([loss.detach(), error.detach(), quantized.commitment])
+            asked = torch.tensor(float(self._asked), device=self.device)
+            figures = torch.stack([loss.detach(), error.detach(), quantized.commitment, asked])
             if self.stage.world_size > 1:
                 dist.all_reduce(figures)
                 figures /= self.stage.world_size
-        total, mean_error, commitment = figures.tolist()
+        total, mean_error, commitment, stopping = figures.tolist()
+        self._stopping = stopping > 0
         if not math.isfinite(total):
             raise StageFailed(
                 f"stage '{self.stage.name}': loss {total} at step {step}; lower learning_rate "

@@ -168,6 +168,7 @@ def train(config: Config, stage: Stage, shards: Shards) -> Tokenizer:
                 trainer.watch(step)
                 if step % config.checkpoint_every == 0 and step < config.steps:
                     trainer.save(step)
+                trainer.stop_if_asked(step)
         return trainer.tokenizer()
 
 

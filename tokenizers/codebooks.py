@@ -71,13 +71,12 @@ class _Codebook(Quantizer):
         self.set_codes(everything, centres)
 
     @torch.no_grad()
-    def keep_alive(self, features_ND: Tensor, counts_K: Tensor) -> None:
-        """Count idle steps; move the codes that idled too long to live features.
+    def revive(self, features_ND: Tensor) -> None:
+        """Move the codes that idled too long to live features of all ranks' batch.
 
-        `counts_K` are uses over all ranks in this step, `features_ND` this rank's.
+        Before the batch is quantised, so that no gradient under way sees a code move.
         """
         self.steps += 1
-        self.idle = torch.where(counts_K > 0, 0, self.idle + 1)
         if self.revive_after == 0:
             return
         dead = (self.idle >= self.revive_after).nonzero().flatten()
@@ -89,6 +88,11 @@ class _Codebook(Quantizer):
         dead = dead[: len(order)]
         self.set_codes(dead, live[order])
         self.idle[dead] = 0
+
+    @torch.no_grad()
+    def count_idle(self, counts_K: Tensor) -> None:
+        """`counts_K`: uses in this step over all ranks."""
+        self.idle = torch.where(counts_K > 0, 0, self.idle + 1)
 
 
 class StraightThroughQuantizer(_Codebook):
@@ -110,13 +114,15 @@ class StraightThroughQuantizer(_Codebook):
 
     def forward(self, z: Tensor) -> Quantized:
         features = rows(z)
+        if self.training:
+            self.revive(features.detach())
         index, _ = nearest(features.detach(), self.codebook.detach())
         quantised = self.codebook[index]
         commitment = F.mse_loss(features, quantised.detach())
         loss = self.settings.commitment * commitment + F.mse_loss(quantised, features.detach())
         if self.training:
             counts = torch.bincount(index, minlength=self.codebook_size).float()
-            self.keep_alive(features.detach(), sum_over_ranks(counts))
+            self.count_idle(sum_over_ranks(counts))
         out = grid(straight_through(features, quantised), z)
         return Quantized(out, _codes(index, z), loss, commitment.detach())
 
@@ -158,6 +164,8 @@ class EMAQuantizer(_Codebook):
 
     def forward(self, z: Tensor) -> Quantized:
         features = rows(z)
+        if self.training:
+            self.revive(features.detach())
         index, _ = nearest(features.detach(), self.codebook)
         quantised = self.codebook[index]
         commitment = F.mse_loss(features, quantised)
@@ -182,7 +190,7 @@ class EMAQuantizer(_Codebook):
         total = self.counts.sum()
         smoothed = (self.counts + 1e-5) / (total + k * 1e-5) * total
         self.codebook = self.sums / smoothed[:, None]
-        self.keep_alive(features, counts)
+        self.count_idle(counts)
 
     def lookup(self, codes: Tensor) -> Tensor:
         return self.codebook[codes].permute(0, 3, 1, 2)
@@ -211,6 +219,8 @@ class CosineQuantizer(_Codebook):
 
     def forward(self, z: Tensor) -> Quantized:
         features = self.features(z)
+        if self.training:
+            self.revive(features.detach())
         codebook = self.vectors
         index, _ = nearest(features.detach(), codebook.detach())
         quantised = codebook[index]
@@ -219,7 +229,7 @@ class CosineQuantizer(_Codebook):
         codebook_loss = (quantised - features.detach()).square().sum(1).mean()
         if self.training:
             counts = torch.bincount(index, minlength=self.codebook_size).float()
-            self.keep_alive(features.detach(), sum_over_ranks(counts))
+            self.count_idle(sum_over_ranks(counts))
         out = self.outward(grid(straight_through(features, quantised), z))
         loss = self.settings.commitment * commitment + codebook_loss
         return Quantized(out, _codes(index, z), loss, commitment.detach() / self.dim)

@@ -145,7 +145,7 @@ class SentencePieceTokenizer(Tokenizer):
         plain = [i for i, text in enumerate(batch) if SPACE not in text]
         try:
             ids = self._processor.encode([batch[i] for i in plain], num_threads=self.threads)
-        except UnicodeEncodeError:
+        except (UnicodeEncodeError, TypeError):  # a lone surrogate: which, depends on the binding
             for text in batch:
                 to_utf8(text)  # raises, naming the place
             raise

@@ -1,0 +1,362 @@
+"""train_tokenizer: what it leaves, and that a run cut anywhere ends like one that was not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from pydantic import ValidationError
+
+from chainrule.jobs import ingest, train_tokenizer
+from chainrule.jobs.tokenizer_trainer import Trainer
+from chainrule.pipeline.artifact import Artifact
+from chainrule.pipeline.config import RequestError
+from chainrule.pipeline.stage import Stage, StageFailed, StageInterrupted
+from chainrule.tokenizers import interface
+
+TINY = {
+    "kind": "vqvae",
+    "downsampling": 2,
+    "codebook_size": 16,
+    "hidden": 8,
+    "dim": 4,
+    "residual_layers": 1,
+    "residual_width": 4,
+}
+RUN = {
+    "tokenizer": TINY,
+    "steps": 12,
+    "batch_size": 16,
+    "learning_rate": 2e-3,
+    "log_every": 1,
+    "checkpoint_every": 5,
+    "validate_every": 6,
+}
+
+
+def ingested(folder: Path, **settings: Any) -> Artifact:
+    config = ingest.Config.model_validate(settings)
+    stage = Stage(name="data", pipeline="test", job="ingest", folder=folder, fingerprint="f")
+    ingest.main(config, stage)
+    return Artifact.bare(folder)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    folder = tmp_path_factory.mktemp("digits")
+    return ingested(folder, source={"kind": "sklearn-digits"}, validation=0.15)
+
+
+def stage_of(folder: Path, data: Artifact, **changes: Any) -> Stage:
+    return Stage(
+        name="tokenizer",
+        pipeline="test",
+        job="train_tokenizer",
+        folder=folder,
+        fingerprint="t",
+        inputs={"data": [data]},
+        **changes,
+    )
+
+
+def run(folder: Path, data: Artifact, **settings: Any) -> Stage:
+    stage = stage_of(folder, data)
+    train_tokenizer.main(train_tokenizer.Config.model_validate({**RUN, **settings}), stage)
+    return stage
+
+
+def fixed(folder: Path, data: Artifact, settings: dict[str, Any]) -> Stage:
+    stage = stage_of(folder, data)
+    train_tokenizer.main(train_tokenizer.Config.model_validate({"tokenizer": settings}), stage)
+    return stage
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def quiet(digits: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("quiet")
+    run(folder, digits)
+    return folder
+
+
+def test_what_a_learned_tokenizer_leaves(quiet: Path, digits: Artifact) -> None:
+    assert sorted(contents(quiet)) == [
+        "card.json",
+        "metrics.jsonl",
+        "reconstructions.png",
+        "weights.safetensors",
+    ]
+    tokenizer = interface.load(quiet)
+    card = tokenizer.card()
+    assert card["grid"] == [4, 4]
+    health = card["health"]
+    assert health["images"] == 270
+    assert health["tokens"] == 270 * 16
+    assert 0 < health["codebook_usage"] <= 1
+    lines = [json.loads(line) for line in (quiet / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 13))
+    known = {"loss", "reconstruction", "commitment", "psnr", "codebook_usage"}
+    assert known | {"codebook_perplexity", "learning_rate"} < steps[0].keys()
+    [validated] = [line for line in lines if "validation_psnr" in line]
+    assert validated["step"] == 6
+    assert steps[-1]["reconstruction"] < steps[0]["reconstruction"]
+    with Image.open(quiet / "reconstructions.png") as picture:
+        assert picture.size == (16 * 66, 3 * 66)
+
+
+@pytest.mark.parametrize("cut", [0, 3, 5, 7, 11])
+def test_a_run_cut_at_any_step_ends_like_the_quiet_one(
+    cut: int, quiet: Path, digits: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Trainer.step
+
+    def cut_step(self: Trainer, step: int, images: np.ndarray) -> dict[str, float]:
+        if step == cut + 1:
+            raise MemoryError
+        return whole(self, step, images)
+
+    monkeypatch.setattr(Trainer, "step", cut_step)
+    with pytest.raises(MemoryError):
+        run(tmp_path, digits)
+    monkeypatch.setattr(Trainer, "step", whole)
+    stage = run(tmp_path, digits)
+    assert contents(tmp_path) == contents(quiet)
+    assert stage.summary["codebook_size"] == 16
+
+
+def test_a_run_cut_at_its_very_end_is_not_begun_again(
+    quiet: Path, digits: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "forget", lambda stage: (_ for _ in ()).throw(MemoryError()))
+        with pytest.raises(MemoryError):
+            run(tmp_path, digits)
+    assert (tmp_path / "checkpoints").is_dir()
+    monkeypatch.setattr(Trainer, "__init__", None)  # nothing is trained any more
+    stage = run(tmp_path, digits)
+    assert contents(tmp_path) == contents(quiet)
+    assert stage.summary["psnr"] == interface.load(quiet).card()["health"]["psnr"]
+
+
+def test_a_signal_saves_and_asks_to_be_run_again(
+    quiet: Path, digits: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Trainer.step
+
+    def signalled(self: Trainer, step: int, images: np.ndarray) -> dict[str, float]:
+        if step == 8:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return whole(self, step, images)
+
+    monkeypatch.setattr(Trainer, "step", signalled)
+    before = signal.getsignal(signal.SIGUSR1)
+    with pytest.raises(StageInterrupted, match="saved at step 8"):
+        run(tmp_path, digits)
+    assert signal.getsignal(signal.SIGUSR1) == before
+    monkeypatch.setattr(Trainer, "step", whole)
+    resumed: list[int] = []
+    original = Trainer.resume
+    monkeypatch.setattr(
+        Trainer, "resume", lambda self: resumed.append(original(self)) or resumed[0]
+    )
+    run(tmp_path, digits)
+    assert resumed == [8]
+    assert contents(tmp_path) == contents(quiet)
+
+
+def test_a_damaged_checkpoint_is_passed_over(
+    quiet: Path, digits: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "watch", lambda self, step: 1 // (11 - step))
+        with pytest.raises(ZeroDivisionError):
+            run(tmp_path, digits)
+    newest = tmp_path / "checkpoints" / "step-00000010" / "state-00000.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[-1] ^= 1
+    newest.write_bytes(data)
+    run(tmp_path, digits)
+    assert contents(tmp_path) == contents(quiet)
+
+
+def test_another_seed_trains_another_tokenizer(
+    quiet: Path, digits: Artifact, tmp_path: Path
+) -> None:
+    run(tmp_path, digits, seed=1)
+    assert interface.load(tmp_path).fingerprint != interface.load(quiet).fingerprint
+
+
+def test_a_loss_that_is_not_finite_stops_the_stage(digits: Artifact, tmp_path: Path) -> None:
+    with pytest.raises(StageFailed, match="loss (nan|inf) at step .*lower learning_rate"):
+        run(tmp_path, digits, learning_rate=1e18, schedule={"name": "constant"})
+    assert not (tmp_path / "card.json").exists()
+
+
+RANK = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_jobs_train_tokenizer import RUN, stage_of
+from chainrule.jobs import train_tokenizer
+from chainrule.pipeline.artifact import Artifact
+import os
+rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+stage = stage_of(Path(sys.argv[3]), Artifact.bare(sys.argv[2]), rank=rank, world_size=world)
+train_tokenizer.main(train_tokenizer.Config.model_validate(RUN), stage)
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_train_what_one_trains(quiet: Path, digits: Artifact, tmp_path: Path) -> None:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {
+        **os.environ,
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+    arguments = [str(Path(__file__).parent), str(digits.folder), str(tmp_path)]
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", RANK, *arguments], env={**shared, "RANK": str(r)})
+        for r in range(2)
+    ]
+    assert [rank.wait() for rank in ranks] == [0, 0]
+    assert sorted(contents(tmp_path)) == sorted(contents(quiet))
+    for one, two in zip(_losses(quiet), _losses(tmp_path), strict=True):
+        assert two == pytest.approx(one, rel=1e-3)
+
+
+def _losses(folder: Path) -> list[float]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_from_the_command_line(tmp_path: Path) -> None:
+    """SIGKILL in the middle; the losses and the weights are those of a run left alone."""
+    pipeline = {
+        "name": "p",
+        "stages": {
+            "data": {"job": "ingest", "source": {"kind": "sklearn-digits"}, "validation": 0.15},
+            "tokenizer": {
+                "job": "train_tokenizer",
+                "inputs": {"data": "data"},
+                **RUN,
+                "steps": 150,
+                "log_every": 20,
+                "checkpoint_every": 20,
+                "validate_every": 1000,
+            },
+        },
+    }
+    path = tmp_path / "p.yaml"
+    path.write_text(json.dumps(pipeline))  # YAML holds JSON
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def command(runs: str) -> list[str]:
+        tail = ["run", str(path), "--runs", str(tmp_path / runs)]
+        return [sys.executable, "-m", "chainrule.pipeline", *tail]
+
+    def start(runs: str) -> subprocess.Popen:
+        return subprocess.Popen(command(runs), env=environment, stderr=subprocess.DEVNULL)
+
+    assert start("quiet").wait() == 0
+    partial = tmp_path / "killed" / "p" / "tokenizer.partial"
+    process = start("killed")
+    while not list(partial.glob("checkpoints/step-*")):
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert partial.is_dir()
+    assert start("killed").wait() == 0
+    quiet, killed = (tmp_path / runs / "p" / "tokenizer" for runs in ("quiet", "killed"))
+    for name in ("weights.safetensors", "card.json", "metrics.jsonl", "reconstructions.png"):
+        assert (quiet / name).read_bytes() == (killed / name).read_bytes(), name
+    assert json.loads((killed / "artifact.json").read_text())["attempts"] == 2
+
+
+def test_fitted_and_fixed_kinds(digits: Artifact, tmp_path: Path) -> None:
+    stage = fixed(tmp_path / "palette", digits, {"kind": "palette", "colours": 8})
+    assert interface.load(tmp_path / "palette").card()["health"]["codebook_size"] == 8
+    assert stage.summary["vocabulary_size"] == 8
+    fixed(tmp_path / "pixels", digits, {"kind": "pixels", "levels": 17})
+    tokenizer = interface.load(tmp_path / "pixels")
+    image = (np.arange(17) * 255 / 16).round().astype(np.uint8)[None, :, None]
+    assert np.array_equal(tokenizer.decode(tokenizer.encode([image]))[0], image)
+
+
+def test_text_kinds_learn_from_a_sample_drawn_by_the_seed(tmp_path: Path) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i in range(40):
+        (texts / f"{i:02d}.txt").write_text(f"document {i} says: {f'word{i % 5} ' * 20}\n")
+    data = ingested(tmp_path / "data", source={"kind": "text", "path": str(texts)}, validation=0.2)
+    settings = {
+        "kind": "sentencepiece",
+        "vocabulary_size": 300,
+        "sample_bytes": 3000,
+        "character_coverage": 1.0,
+    }
+    stage = fixed(tmp_path / "bpe", data, settings)
+    assert stage.summary["exact"] == 1.0
+    assert stage.summary["bytes_per_token"] > 2
+    assert stage.summary["documents"] == 8
+    for kind, size in (("bytes", 258), ("characters", None)):
+        stage = fixed(tmp_path / kind, data, {"kind": kind})
+        assert stage.summary["exact"] == 1.0
+        assert size in (None, stage.summary["vocabulary_size"])
+    with pytest.raises(StageFailed, match="cannot learn 9999 pieces"):
+        fixed(tmp_path / "large", data, {**settings, "vocabulary_size": 9999})
+    with pytest.raises(StageFailed, match="holds text; tokenizer kind pixels is for image"):
+        fixed(tmp_path / "wrong", data, {"kind": "pixels"})
+
+
+def test_pictures_of_several_sizes_want_a_crop(tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for i, (h, w) in enumerate([(12, 12), (12, 16), (16, 12), (10, 14)] * 4):
+        pixels = generator.integers(0, 256, (h, w, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:02d}.png")
+    source = {"kind": "image-folder", "path": str(folder)}
+    data = ingested(tmp_path / "data", source=source, validation=0.25)
+    with pytest.raises(RequestError, match="in one batch; set crop, or size in ingest"):
+        run(tmp_path / "whole", data, steps=2, batch_size=8)
+    run(tmp_path / "crop", data, steps=2, batch_size=8, crop=8, flip=True)
+    card = interface.load(tmp_path / "crop").card()
+    assert card["resolution"] == [8, 8]
+    assert card["health"]["images"] == 4
+    with pytest.raises(RequestError, match="smaller than crop 64"):
+        run(tmp_path / "large", data, steps=2, batch_size=8, crop=64)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tokenizer": {"kind": "bytes"}, "steps": 5}, "'steps' has no meaning .* bytes"),
+        ({"tokenizer": TINY, "crop": 7}, "crop 7 is not divisible by downsampling 2"),
+        ({"tokenizer": {"kind": "vqvaes"}}, "vqvae"),
+        ({"tokenizer": {**TINY, "hiden": 4}}, "hiden"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        train_tokenizer.Config.model_validate(settings)
