@@ -146,6 +146,19 @@ class Cluster:
     def start_node(self, name: str) -> None:
         self._spawn(name, ["slurmd", "-D", "-N", name, "-f", str(self.conf)])
 
+    def kill_node(self, name: str, only_slurmd: bool = False) -> None:
+        """SIGKILL a node's slurmd, and with it the steps and tasks that run there."""
+        self.daemons[name].kill()
+        self.daemons[name].wait()
+        if only_slurmd:
+            return
+        for pid in self.processes():
+            environment = _read(Path(f"/proc/{pid}/environ")).split(b"\0")
+            command = _read(Path(f"/proc/{pid}/cmdline"))
+            stepd = command.startswith(b"slurmstepd") and f"-N {name}".encode() in command
+            if stepd or f"SLURMD_NODENAME={name}".encode() in environment:
+                os.kill(pid, signal.SIGKILL)
+
     def _spawn(self, name: str, command: list[str]) -> None:
         with open(self.top / "log" / f"{name}.out", "ab") as log:
             self.daemons[name] = subprocess.Popen(
@@ -221,6 +234,13 @@ class Cluster:
         for pid in self.processes():
             if pid != os.getpid():
                 os.kill(pid, signal.SIGKILL)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
 
 
 def _free_ports(number: int) -> list[int]:
