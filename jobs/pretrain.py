@@ -22,7 +22,7 @@ from chainrule.pipeline.training import assembly
 from chainrule.pipeline.training.checkpoints import CheckpointWriter
 from chainrule.pipeline.training.engine import Engine, EngineSettings, Precision
 from chainrule.pipeline.training.faults import FaultMonitor, FaultSettings
-from chainrule.pipeline.training.objective import Objective
+from chainrule.pipeline.training.objective import Objective, initialise_from_data
 from chainrule.pipeline.training.optimizers import (
     OptimizerSettings,
     build_optimizer,
@@ -118,6 +118,7 @@ def train(config: Config, stage: Stage, engine: Engine, stop: StopSignals) -> No
     validation = Validation(held_out, context, config.batch_size, config.seed)
     objective = Objective(model, config.documents, config.z_loss)
     flops = flops_per_element(model)
+    initialise_from_data(model, drawn.batch(0, sizes[0][1]))
     engine.prepare(model, lambda module: build_optimizer(module, config.optimizer))
     if config.ema is not None:
         engine.keep_average(config.ema)

@@ -25,6 +25,7 @@ class Objective:
         which keeps logits from drifting. RequestError where the model has no logits.
         """
         self.event_shape = model.event_shape
+        self.conditioned = _conditioned(model)
         parameters = inspect.signature(type(model).log_prob).parameters
         self.documents = documents and "documents" in parameters
         self.z_loss = z_loss
@@ -37,7 +38,7 @@ class Objective:
 
     def __call__(self, wrapped: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         arguments: dict[str, Any] = {}
-        if batch.cond is not None:
+        if self.conditioned and batch.cond is not None:
             arguments["cond"] = batch.cond
         if self.documents and batch.documents is not None:
             arguments["documents"] = batch.documents
@@ -59,3 +60,19 @@ class Objective:
 
     def _keep_logits(self, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
         self._logits = output if torch.is_grad_enabled() else None
+
+
+def initialise_from_data(model: Autoregressive, batch: Batch) -> None:
+    """Data-dependent initialisation on a first batch, in the families that have one.
+
+    Before the model is wrapped, and with the same batch on every rank.
+    """
+    initialise = getattr(model, "initialise_from", None)
+    if initialise is not None:
+        x = batch.x.reshape(-1, *model.event_shape)
+        initialise(x, batch.cond if _conditioned(model) else None)
+
+
+def _conditioned(model: Autoregressive) -> bool:
+    """Whether the model takes classes; the tokens may have some that it does not."""
+    return getattr(model.config, "classes", None) is not None
