@@ -48,10 +48,6 @@ def tiles(stages: list[StageView]) -> str:
         if "classifier_agreement" in found:
             share = f"{100 * found['classifier_agreement']:.4g} %"
             tiles.append(_tile(stage.name, share, "of the samples are named as what was asked for"))
-    for stage in of_jobs(stages, "sample"):
-        count = stage.metrics.get("samples")
-        if is_number(count):
-            tiles.append(_tile(stage.name, number(count), "samples"))
     return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
 
 
@@ -216,17 +212,18 @@ def tokenizers(stages: list[StageView]) -> str:
     """Reconstructions beside originals, use of the codebook, how the tokenizer learned."""
     cards = []
     for stage in of_jobs(stages, "train_tokenizer"):
-        card = flat(stage.json("card.json") or {})
+        card = stage.json("card.json") or {}
+        # the card's account of its health, and what else the stage found
         facts = {
             key: value
-            for key, value in {**card, **stage.metrics}.items()
-            if is_number(value) and not key.startswith("vocabulary.ranges")
+            for key, value in {**flat(card.get("health") or {}), **stage.metrics}.items()
+            if is_number(value)
         }
         rows = "".join(
             f"<tr><td>{escape(words(k))}</td><td class='n'>{number(v)} {unit_of(k)}</td></tr>"
             for k, v in facts.items()
         )
-        shown = "".join(picture(path, words(path.stem)) for path in pictures(stage))
+        shown = "".join(picture(path, _caption(path.stem)) for path in pictures(stage))
         records = stage.steps()
         chart = _tokenizer_curve(stage, records)
         kind = f" <small>{escape(str(card.get('kind', '')))}</small>"
@@ -239,6 +236,12 @@ def tokenizers(stages: list[StageView]) -> str:
             others = small_charts(records, but=("loss",))
             cards.append(f'<div class="card">{chart}{others}</div>')
     return f'<div class="grid">{"".join(cards)}</div>' if cards else ""
+
+
+def _caption(name: str) -> str:
+    if name == "reconstructions":
+        return "held-out originals, their reconstructions, and the difference"
+    return words(name)
 
 
 def _tokenizer_curve(stage: StageView, records: list[dict[str, Any]]) -> str:

@@ -82,7 +82,7 @@ def _tokenizer(runs: Runs, name: str, data: str) -> None:
     stage = runs.begin(name, "train_tokenizer", {"data": data})
     for step in range(0, 600, 10):
         stage.log(step, loss=0.5 * math.exp(-step / 150) + 0.05, codebook_usage=0.9)
-    card = {"kind": "vqvae", "codebook": {"usage": 0.95, "perplexity": 41.5}, "downsampling": 2}
+    card = {"kind": "vqvae", "health": {"codebook_usage": 0.95, "psnr": 23.1}, "downsampling": 2}
     artifact.write_json(stage.folder / "card.json", card)
     rng = np.random.default_rng(0)
     picture = Image.fromarray(rng.integers(0, 255, (16, 64), dtype=np.uint8))
@@ -128,7 +128,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store.create_array("images", data=pictures)
     store.create_array("class", data=np.arange(20) % 2)
     store.create_array("log_likelihood", data=-30 + rng.normal(size=20))
-    stage.summary["samples"] = 20
     runs.publish(stage, inputs)
 
     _ingest(runs, "code", "text")
@@ -179,6 +178,14 @@ def test_curves_have_validation_and_the_guess(page: str) -> None:
     assert "loss, nats per token" in curve
     unfinished = next(f for f in figures if "late_decoder (unfinished)" in f)
     assert unfinished.count("<polyline") == 1
+
+
+def test_a_tokenizer_shows_its_health_and_reconstructions(page: str) -> None:
+    section = page[page.index('<section id="tokenizers">') : page.index('<section id="data">')]
+    assert "<td>codebook usage</td><td class='n'>0.95 </td>" in section
+    assert "23.1 dB" in section
+    assert "held-out originals, their reconstructions" in section
+    assert 'src="data:image/png;base64,' in section
 
 
 def test_samples_stand_in_rows_of_the_class_asked_for(page: str) -> None:
