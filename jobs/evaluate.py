@@ -5,11 +5,12 @@
                       xz and zstd on the same bytes
     tokenizer + data  what encode then decode gives back: PSNR, SSIM, codebook usage
     samples + data    whether a classifier fitted on real images names the class asked for
+    probe: true       a linear probe of each layer of an image Transformer, against raw pixels
+                      and the same architecture with random weights (tokens and data with labels)
 
 Every figure of `evaluation.json` is explained in it. Scoring goes on where it was killed.
 """
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -24,17 +25,26 @@ from chainrule.pipeline.config import Settings, runtime
 from chainrule.pipeline.data.reader import Shards
 from chainrule.pipeline.data.tokens import TokenSet
 from chainrule.pipeline.evaluation import codecs
-from chainrule.pipeline.evaluation.agreement import classifier_agreement
+from chainrule.pipeline.evaluation.agreement import measure_agreement
 from chainrule.pipeline.evaluation.factors import Parts
 from chainrule.pipeline.evaluation.figures import Figures
-from chainrule.pipeline.evaluation.held_out import Encoded, HeldOut, Stored
+from chainrule.pipeline.evaluation.held_out import (
+    Encoded,
+    HeldOut,
+    Stored,
+    documents,
+    event_batches,
+    label_of,
+    labelled_images,
+)
 from chainrule.pipeline.evaluation.likelihood import (
     Tally,
     position_picture,
     score_documents,
     score_events,
-    unigram_nats,
 )
+from chainrule.pipeline.evaluation.likelihood_figures import put_images, put_text, put_tokens
+from chainrule.pipeline.evaluation.linear_probe import probe_model, probe_picture, put_probes
 from chainrule.pipeline.evaluation.round_trip import measure_audio, measure_images, measure_texts
 from chainrule.pipeline.models.made import MADE
 from chainrule.pipeline.stage import Input, Stage, StageFailed
@@ -46,7 +56,13 @@ INPUTS = {
     "tokenizer": Input(("train_tokenizer",), optional=True),
     "samples": Input(("sample",), optional=True),
 }
-LN2 = math.log(2)
+
+
+class ProbeSettings(Settings):
+    """The linear probe's training set; its held-out set is the split that is evaluated."""
+
+    train: int = Field(5000, ge=20, description="training images, from the first on")
+    seed: int = Field(0, description="of the random-weight model that is compared with")
 
 
 class Config(Settings):
@@ -61,6 +77,7 @@ class Config(Settings):
         2_000_000, ge=1, description="training tokens counted for the context-free guess"
     )
     codecs: bool = Field(True, description="text: gzip, bzip2, xz and zstd on the same bytes")
+    probe: ProbeSettings | None = Field(None, description="linear probe of each layer")
     factors: bool = Field(True, description="keep the nats of every element in factors.zarr")
     dtype: Literal["float32", "bfloat16"] = "float32"
     batch_size: int = runtime(64, ge=1, description="windows or events scored together")
@@ -86,7 +103,10 @@ def main(config: Config, stage: Stage) -> None:
         if stage.optional("data") is not None:
             reconstruct(config, stage, source, figures)
         if stage.optional("samples") is not None:
-            agree(config, stage, figures)
+            shards = Shards.open(stage.input("data").folder)
+            measure_agreement(stage.input("samples").folder, shards, figures)
+        if config.probe is not None:
+            probe(config, config.probe, stage, source, figures)
         figures.write(stage.folder)
         stage.summary.update(figures.numbers)
 
@@ -126,16 +146,21 @@ def likelihood(
         return
     parts.wait(config.patience_s)
     tally = Tally(positions=int(tokens.lengths[:samples].max()) if as_events else 4096)
-    labels = _labels(tokens, samples) if tokens.classes else None
     for i, nats in enumerate(parts.samples()):
-        tally.add(nats, labels[i] if labels is not None else None)
-    _figures_of_tokens(config, source, tokens, tally, as_events, figures)
+        tally.add(nats, label_of(tokens.meta(i)) if tokens.classes else None)
+    given = " given its class" if is_conditional(source, tokens) else ""
+    windows = None if as_events else (source.elements, _stride(config, source))
+    put_tokens(figures, tokens, tally, given, windows, config.unigram_tokens)
     if as_events:
         _figures_of_ensemble(config, source, tokens, samples, figures)
     if tokens.modality == "text":
-        _figures_of_text(config, stage, tokens, samples, tally, figures)
+        data = stage.optional("data")
+        raw = Shards.open(data.folder) if data is not None else None
+        baseline = codecs.Baseline() if config.codecs else None
+        with stage.progress(samples if raw else None, "documents") as progress:
+            put_text(figures, tokens, tally, raw, baseline, progress)
     elif tokens.modality == "image":
-        _figures_of_images(tokens, tally, figures, config.split)
+        put_images(figures, tokens, tally)
     curve = tally.curve()
     with open(stage.folder / "by_position.csv", "w") as file:
         file.write("position,nats\n")
@@ -196,45 +221,25 @@ def _same_data(tokens: HeldOut, stage: Stage) -> None:
         )
 
 
-def _label(tokens: HeldOut, source: Source, meta: dict[str, Any]) -> int | None:
-    """The class a sample is scored under: its own, where the model has classes."""
-    if source.card.get("classes") is None or tokens.classes is None:
-        return None
-    return int(meta["label"]) if meta.get("label") is not None else -1
-
-
-def _labels(tokens: HeldOut, samples: int) -> list[int | None]:
-    return [tokens.meta(i).get("label") for i in range(samples)]
-
-
 def _score(
     config: Config, source: Source, tokens: HeldOut, todo: range, as_events: bool
 ) -> Iterator[np.ndarray]:
-    model = source.model
-    if not as_events:
-        stride = config.stride or max(source.elements // 2, 1)
-
-        def documents() -> Iterator[tuple[np.ndarray, int | None]]:
-            for i in todo:
-                document, meta = tokens[i]
-                yield document.ravel(), _label(tokens, source, meta)
-
-        yield from score_documents(model, documents(), stride, config.batch_size)
-        return
-
-    yield from score_events(model, _event_batches(config, source, tokens, todo))
+    model, conditional = source.model, is_conditional(source, tokens)
+    if as_events:
+        batches = event_batches(tokens, todo, model.event_shape, conditional, config.batch_size)
+        yield from score_events(model, batches)
+    else:
+        found = documents(tokens, todo, conditional)
+        yield from score_documents(model, found, _stride(config, source), config.batch_size)
 
 
-def _event_batches(
-    config: Config, source: Source, tokens: HeldOut, todo: range
-) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-    """(B, *event_shape) tokens and (B,) classes of the samples, in order."""
-    for start in range(todo.start, todo.stop, config.batch_size):
-        pairs = [tokens[i] for i in range(start, min(start + config.batch_size, todo.stop))]
-        x = torch.from_numpy(np.stack([t.ravel() for t, _ in pairs]).astype(np.int64))
-        known = [_label(tokens, source, meta) for _, meta in pairs]
-        cond = None if known[0] is None else torch.tensor(known)
-        yield x.reshape(len(pairs), *source.model.event_shape), cond
+def _stride(config: Config, source: Source) -> int:
+    return config.stride or max(source.elements // 2, 1)
+
+
+def is_conditional(source: Source, tokens: HeldOut) -> bool:
+    """Whether samples are scored under their own class."""
+    return bool(source.card.get("classes")) and tokens.classes is not None
 
 
 @torch.inference_mode()
@@ -247,7 +252,10 @@ def _figures_of_ensemble(
         return
     device = next(model.parameters()).device
     nats = 0.0
-    for x, cond in _event_batches(config, source, tokens, range(samples)):
+    conditional = is_conditional(source, tokens)
+    for x, cond in event_batches(
+        tokens, range(samples), model.event_shape, conditional, config.batch_size
+    ):
         given = None if cond is None else cond.to(device)
         nats -= float(model.ensemble_log_prob(x.to(device), given).double().sum())
     figures.put(
@@ -255,148 +263,6 @@ def _figures_of_ensemble(
         nats / max(samples, 1),
         config.split,
         f"nats of -log of the mean of p(sample) over the model's {model.config.masks} masks",
-    )
-
-
-def _figures_of_tokens(
-    config: Config,
-    source: Source,
-    tokens: HeldOut,
-    tally: Tally,
-    as_events: bool,
-    figures: Figures,
-) -> None:
-    split = config.split
-    given = " given its class" if source.card.get("classes") and tokens.classes else ""
-    context = source.elements
-    how = (
-        f"; windows of {context} tokens, each element after the first window with at least "
-        f"{context - (config.stride or max(context // 2, 1))} before it"
-        if not as_events
-        else ""
-    )
-    mean = tally.mean
-    figures.put("nats", mean, split, f"nats of -log p(token | the tokens before it{given}){how}")
-    figures.put("nats_per_token", mean, split, "the same as `nats`")
-    figures.put("bits_per_token", mean / LN2, split, "bits of -log2 p a token")
-    figures.put("perplexity", math.exp(mean), split, "exp(nats a token)")
-    figures.put(
-        "nats_per_sample",
-        tally.nats / max(tally.samples, 1),
-        split,
-        f"nats of -log p(sample{given}), mean over samples",
-    )
-    figures.put("tokens", tally.elements, split, "tokens scored")
-    figures.put("samples", tally.samples, split, "samples scored")
-    counts, used = _counts(config, tokens)
-    guess = unigram_nats(counts, _held_out_counts(tokens, tally.samples))
-    figures.put(
-        "unigram_nats_per_token",
-        guess,
-        split,
-        f"nats a token of the context-free guess: frequencies (add-one) of {used:,} training "
-        "tokens, scored on this split",
-    )
-    figures.put("unigram_perplexity", math.exp(guess), split, "exp(unigram_nats_per_token)")
-    for label, (nats, elements) in sorted(tally.by_class.items()):
-        name = tokens.classes[label] if tokens.classes else str(label)
-        figures.put(
-            f"nats_per_token.class.{name}", nats / elements, split, f"nats a token, class {name}"
-        )
-
-
-def _counts(config: Config, tokens: HeldOut) -> tuple[np.ndarray, int]:
-    """Counts (V,) of the first `unigram_tokens` training tokens, and how many those were."""
-    counts = np.zeros(tokens.vocabulary.size, dtype=np.int64)
-    used = 0
-    for ids in tokens.training():
-        if used >= config.unigram_tokens:
-            break
-        counts += np.bincount(ids, minlength=len(counts))
-        used += len(ids)
-    return counts, used
-
-
-def _held_out_counts(tokens: HeldOut, samples: int) -> np.ndarray:
-    counts = np.zeros(tokens.vocabulary.size, dtype=np.int64)
-    for i in range(samples):
-        counts += np.bincount(tokens[i][0].ravel(), minlength=len(counts))
-    return counts
-
-
-def _figures_of_text(
-    config: Config,
-    stage: Stage,
-    tokens: HeldOut,
-    samples: int,
-    tally: Tally,
-    figures: Figures,
-) -> None:
-    split = config.split
-    size = sum(int(tokens.meta(i)["bytes"]) for i in range(samples))
-    ends = "its end (eos) included" if "eos" in tokens.vocabulary.specials else "without its end"
-    figures.put(
-        "bits_per_byte",
-        tally.nats / LN2 / max(size, 1),
-        split,
-        f"bits of -log2 p(document, {ends}) a UTF-8 byte of it; each document alone, the "
-        "model's own bytes not counted",
-    )
-    figures.put("bytes", size, split, "UTF-8 bytes of the documents scored")
-    figures.put("bytes_per_token", size / max(tally.elements, 1), split, "UTF-8 bytes a token")
-    data = stage.optional("data")
-    if data is None:
-        return
-    shards = Shards.open(data.folder)
-    words = 0
-    baseline = codecs.Baseline() if config.codecs else None
-    with stage.progress(samples, "documents") as progress:
-        for i in range(samples):
-            sample = shards.read(split, i)
-            if sample is None:
-                continue
-            document = sample.members["txt"]
-            words += len(document.split())
-            if baseline is not None:
-                baseline.add(document)
-            progress.update(1)
-    figures.put(
-        "perplexity_per_word",
-        math.exp(min(tally.nats / max(words, 1), 700.0)),
-        split,
-        "exp(nats a word); words are what white space separates",
-    )
-    if baseline is None:
-        return
-    if baseline.bytes != size:
-        raise StageFailed(
-            f"{data.folder}: its first {samples} documents of {split} hold {baseline.bytes} bytes, "
-            f"those of {tokens.shards.folder} {size}; give the data that the tokens were made from"
-        )
-    for way, sizes in baseline.finish().items():
-        what = "every document alone" if way == "alone" else "all documents joined into one"
-        for name, compressed in sizes.items():
-            figures.put(
-                f"{name}_bits_per_byte" if way == "alone" else f"{name}_joined_bits_per_byte",
-                8 * compressed / max(size, 1),
-                split,
-                f"bits a byte of {name} at its strongest setting on the same bytes, {what}",
-            )
-
-
-def _figures_of_images(tokens: HeldOut, tally: Tally, figures: Figures, split: str) -> None:
-    if tokens.tokenizer_kind == "pixels" and tokens.vocabulary.size == 256:
-        figures.put(
-            "bits_per_dim",
-            tally.mean / LN2,
-            split,
-            "bits of -log2 p a value (pixel and channel) of 256 levels: pixel space",
-        )
-        return
-    figures.fact(
-        "bits_per_dim.note",
-        f"not given: the likelihood is of {tokens.tokenizer_kind} codes (token space), and a "
-        "code's likelihood is not a pixel's",
     )
 
 
@@ -453,52 +319,40 @@ def _raw_batches(
         progress.update(stop - start)
 
 
-# --- samples ---------------------------------------------------------------------------------
+# --- linear probe ----------------------------------------------------------------------------
 
 
-def agree(config: Config, stage: Stage, figures: Figures) -> None:
-    """Whether class-conditional samples are named by a classifier as what was asked for."""
-    import zarr
+def probe(
+    config: Config,
+    settings: ProbeSettings,
+    stage: Stage,
+    source: Source | None,
+    figures: Figures,
+) -> None:
+    """Accuracy by layer, as figures and a picture."""
+    from chainrule.pipeline.models.registry import build
 
-    store = zarr.open_group(str(stage.input("samples").path("samples.zarr")), mode="r")
-    if "images" not in store or "class" not in store:
+    if source is None or stage.optional("data") is None or source.modality != "image":
+        raise StageFailed("probe: needs a 'model' of images and its labelled 'data'")
+    if not hasattr(source.model, "features"):
         raise StageFailed(
-            f"{stage.input('samples').folder}: no images with classes in samples.zarr; "
-            "leave 'samples' out of this evaluation"
+            f"probe: a {source.card['family']} offers no features of its layers; "
+            "give a Transformer, or leave probe out"
         )
     shards = Shards.open(stage.input("data").folder)
-    real, labels = _labelled(shards, "train")
-    held_out, held_out_labels = _labelled(shards, "validation")
-    images, asked = np.asarray(store["images"]), np.asarray(store["class"])
-    found = classifier_agreement(real, labels, held_out, held_out_labels, images, asked)
-    fitted = f"an SVC (RBF) fitted on {len(real)} real training images"
-    figures.put(
-        "classifier_agreement",
-        found.agreement,
-        "samples",
-        f"share of {len(images)} samples that {fitted} names as the class asked for",
-    )
-    figures.put(
-        "classifier_accuracy",
-        found.accuracy,
-        "validation",
-        f"share of {len(held_out)} real held-out images that the same SVC names right",
-    )
-    for label, (right, of) in sorted(found.by_class.items()):
-        name = shards.classes[label] if shards.classes else str(label)
-        figures.put(
-            f"classifier_agreement.class.{name}", right / of, "samples", f"of {of} asked for"
-        )
-
-
-def _labelled(shards: Shards, split: str) -> tuple[np.ndarray, np.ndarray]:
-    samples = list(shards.iterate(split))
-    if not samples:
-        raise StageFailed(f"{shards.folder}: split '{split}' is empty; the classifier needs it")
-    if any(sample.meta.get("label") is None for sample in samples):
-        raise StageFailed(f"{shards.folder}: images without labels; the classifier needs them")
-    images = np.stack([sample.image() for sample in samples])
-    return images, np.array([int(sample.meta["label"]) for sample in samples])
+    sets = []
+    for split, most in (("train", settings.train), (config.split, config.limit)):
+        images, labels = labelled_images(shards, split, most)
+        codes = source.tokenizer.encode(list(images))
+        events = torch.from_numpy(np.stack([c.ravel() for c in codes]).astype(np.int64))
+        events = events.reshape(len(images), *source.model.event_shape)
+        sets.append((events.split(config.batch_size), images, labels))
+    random_model = build(source.card["model"], seed=settings.seed).to(source.device)
+    found = probe_model(source.model, random_model, sets[0], sets[1])
+    put_probes(figures, found, len(sets[0][2]), config.split)
+    picture = stage.folder / "probe.png"
+    probe_picture(picture, found, f"linear probe, {config.split} accuracy by layer")
+    stage.picture(picture)
 
 
 def evaluate_folder(

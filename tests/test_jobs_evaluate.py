@@ -377,6 +377,33 @@ def test_samples_are_named_by_a_classifier(tmp_path):
     assert found["classifier_agreement.split"] == "samples"
 
 
+def test_a_probe_of_each_layer_stands_beside_pixels_and_random_weights(tmp_path):
+    tokenizer = PixelTokenizer(PixelSettings(levels=16))
+    raw = raw_images(tmp_path / "raw")
+    folder, model = model_folder(
+        tmp_path / "model",
+        tokenizer,
+        "imagegpt-debug",
+        vocabulary_size=16,
+        event_shape=(8, 8),
+        context=64,
+    )
+    stage = stage_of(tmp_path / "out", model=folder, data=raw)
+    evaluate.main(Config(probe={"train": 100}), stage)
+    found = figures(stage.folder)
+    layers = [found[f"probe_accuracy.layer.{i}"] for i in range(model.config.layers + 1)]
+    assert found["probe_accuracy"] == max(layers)
+    assert found["probe_accuracy_pixels"] > 0.7
+    assert found["probe_accuracy_random.split"] == "validation"
+    assert (stage.folder / "probe.png").exists()
+    texts, _ = model_folder(
+        tmp_path / "text", ByteTokenizer(), "gpt2-debug", vocabulary_size=258, context=16
+    )
+    stage = stage_of(tmp_path / "out2", model=texts, data=raw_texts(tmp_path / "texts"))
+    with pytest.raises(StageFailed, match="probe"):
+        evaluate.main(Config(probe={}), stage)
+
+
 def test_what_cannot_be_evaluated_is_said(text, tmp_path):
     folder, _, tokens, _ = text
     with pytest.raises(StageFailed, match="nothing to evaluate"):

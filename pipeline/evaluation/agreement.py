@@ -6,9 +6,15 @@ same classifier's accuracy on real images it was not fitted on: the most the fir
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+
+from chainrule.pipeline.data.reader import Shards
+from chainrule.pipeline.evaluation.figures import Figures
+from chainrule.pipeline.evaluation.held_out import labelled_images
+from chainrule.pipeline.stage import StageFailed
 
 
 @dataclass(frozen=True)
@@ -49,3 +55,37 @@ def classifier_agreement(
         float(classifier.score(features(held_out), held_out_labels)),
         by_class,
     )
+
+
+def measure_agreement(samples: Path, shards: Shards, figures: Figures) -> None:
+    """The figures of the samples in `samples` (a folder with samples.zarr) against real shards."""
+    import zarr
+
+    store = zarr.open_group(str(samples / "samples.zarr"), mode="r")
+    if "images" not in store or "class" not in store:
+        raise StageFailed(
+            f"{samples}: no images with classes in samples.zarr; "
+            "leave 'samples' out of this evaluation"
+        )
+    real, labels = labelled_images(shards, "train")
+    held_out, held_out_labels = labelled_images(shards, "validation")
+    images, asked = np.asarray(store["images"]), np.asarray(store["class"])
+    found = classifier_agreement(real, labels, held_out, held_out_labels, images, asked)
+    fitted = f"an SVC (RBF) fitted on {len(real)} real training images"
+    figures.put(
+        "classifier_agreement",
+        found.agreement,
+        "samples",
+        f"share of {len(images)} samples that {fitted} names as the class asked for",
+    )
+    figures.put(
+        "classifier_accuracy",
+        found.accuracy,
+        "validation",
+        f"share of {len(held_out)} real held-out images that the same SVC names right",
+    )
+    for label, (right, of) in sorted(found.by_class.items()):
+        name = shards.classes[label] if shards.classes else str(label)
+        figures.put(
+            f"classifier_agreement.class.{name}", right / of, "samples", f"of {of} asked for"
+        )

@@ -1,0 +1,131 @@
+"""Raw samples as tokens on the fly, with the face of `pipeline.data.tokens.TokenSet`.
+
+For evaluating a model folder on data that nobody pretokenized. Nothing is kept: a sample is
+encoded when it is asked for, and once before to learn its length.
+"""
+
+import itertools
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from chainrule.pipeline.data.reader import ShardError, Shards
+from chainrule.pipeline.data.tokens import TokenSet
+from chainrule.pipeline.data.vocabulary import Vocabulary
+from chainrule.pipeline.stage import StageFailed
+
+
+class Encoded:
+    """Samples of one split, through `tokenizer`; text gets the `eos` that pretokenize appends."""
+
+    def __init__(self, shards: Shards, tokenizer: Any, split: str) -> None:
+        self.shards, self.tokenizer, self.split = shards, tokenizer, split
+        self.samples = shards.count(split)
+        self.vocabulary = Vocabulary.model_validate(tokenizer.vocabulary)
+        self.tokenizer_fingerprint = str(tokenizer.fingerprint)
+        self.tokenizer_kind = str(tokenizer.kind)
+        self.classes = shards.classes
+        self.modality = shards.modality
+        if self.samples == 0:
+            raise ShardError(f"{shards.folder}: split '{split}' is empty")
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, dict[str, Any]]:
+        sample = self.shards.read(self.split, i)
+        assert sample is not None  # shards opened to stop at damage raise instead
+        return self.encode(sample.raw(self.modality)), self.meta(i)
+
+    def meta(self, i: int) -> dict[str, Any]:
+        sample = self.shards.read(self.split, i)
+        assert sample is not None
+        meta = dict(sample.meta)
+        if self.modality == "text":
+            meta["bytes"] = len(sample.members["txt"])
+        return meta
+
+    def encode(self, raw: Any) -> np.ndarray:
+        tokens = np.asarray(self.tokenizer.encode([raw])[0])
+        if self.modality == "text" and "eos" in self.vocabulary.specials:
+            tokens = np.append(tokens, tokens.dtype.type(self.vocabulary.specials["eos"]))
+        return tokens
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sample, int64 (samples,)."""
+        return np.array([self[i][0].size for i in range(self.samples)], dtype=np.int64)
+
+    @cached_property
+    def grid(self) -> tuple[int, ...] | None:
+        return tuple(self[0][0].shape) if self.modality == "image" else None
+
+    def training(self) -> Iterator[np.ndarray]:
+        for sample in self.shards.iterate("train"):
+            yield self.encode(sample.raw(self.modality)).ravel()
+
+
+class Stored:
+    """The same face over a pretokenized set."""
+
+    def __init__(self, tokens: TokenSet) -> None:
+        self.tokens = tokens
+        self.shards, self.split, self.samples = tokens.shards, tokens.split, tokens.samples
+        self.vocabulary, self.classes = tokens.vocabulary, tokens.classes
+        self.tokenizer_fingerprint = tokens.tokenizer_fingerprint
+        self.tokenizer_kind = tokens.tokenizer_kind
+        self.modality, self.grid, self.lengths = tokens.modality, tokens.grid, tokens.lengths
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, dict[str, Any]]:
+        return self.tokens[i]
+
+    def meta(self, i: int) -> dict[str, Any]:
+        return self.tokens[i][1]
+
+    def training(self) -> Iterator[np.ndarray]:
+        for sample in self.shards.iterate("train"):
+            yield sample.tokens().ravel()
+
+
+HeldOut = Encoded | Stored
+
+
+def event_batches(
+    tokens: HeldOut, todo: range, event_shape: tuple[int, ...], conditional: bool, batch_size: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """(B, *event_shape) tokens and, for a `conditional` model, (B,) classes, in order."""
+    for start in range(todo.start, todo.stop, batch_size):
+        pairs = [tokens[i] for i in range(start, min(start + batch_size, todo.stop))]
+        x = torch.from_numpy(np.stack([t.ravel() for t, _ in pairs]).astype(np.int64))
+        cond = None
+        if conditional:
+            cond = torch.tensor([label_of(meta) for _, meta in pairs])
+        yield x.reshape(len(pairs), *event_shape), cond
+
+
+def documents(
+    tokens: HeldOut, todo: range, conditional: bool
+) -> Iterator[tuple[np.ndarray, int | None]]:
+    """(t,) tokens of each document and, for a `conditional` model, its class."""
+    for i in todo:
+        document, meta = tokens[i]
+        yield document.ravel(), label_of(meta) if conditional else None
+
+
+def label_of(meta: dict[str, Any]) -> int:
+    """A sample's class; -1 where it has none."""
+    label = meta.get("label")
+    return -1 if label is None else int(label)
+
+
+def labelled_images(
+    shards: Shards, split: str, most: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Images (N, H, W, C) and labels (N,) of a split, its first `most`; StageFailed without."""
+    samples = list(itertools.islice(shards.iterate(split), most))
+    if not samples:
+        raise StageFailed(f"{shards.folder}: split '{split}' is empty; the classifier needs it")
+    if any(sample.meta.get("label") is None for sample in samples):
+        raise StageFailed(f"{shards.folder}: images without labels; the classifier needs them")
+    images = np.stack([sample.image() for sample in samples])
+    return images, np.array([int(sample.meta["label"]) for sample in samples])
