@@ -61,6 +61,12 @@ def main(config: Config, stage: Stage) -> None:
         write_index(config, stage, shards, tokenizer)
 
 
+def part(config: Config, stage: Stage, part: int, parts: int) -> None:
+    """One task of an array: its shards and no index. `main`, run after all, writes that."""
+    shards, tokenizer = open_inputs(config, stage)
+    encode_shards(config, stage, shards, tokenizer, part, parts)
+
+
 def open_inputs(config: Config, stage: Stage) -> tuple[Shards, Tokenizer]:
     """The raw shards and the tokenizer, fit for each other; StageFailed, TokenizerError."""
     raw, folder = stage.input("data"), stage.input("tokenizer").folder

@@ -106,6 +106,9 @@ def _print_yaml(pipeline: Any) -> None:
 def stage(
     config: ConfigArgument,
     name: Annotated[str, typer.Argument(help="The stage.")],
+    part: Annotated[
+        str | None, typer.Option(metavar="I/N", help="Just part I of N (an array task): 0/8.")
+    ] = None,
     overrides: SetOption = None,
     runs: RunsOption = None,
 ) -> None:
@@ -122,7 +125,17 @@ def stage(
     if slurm_job.restarted() and str(pipeline.state(name)[0]) == "fresh":
         say(f"{name}: the attempt before published it; nothing is left to do")
         return
+    if part is not None:
+        stage_run.run_part(pipeline, name, *_part(part))
+        return
     stage_run.run_here(pipeline, name, stage_run.Rank.from_environment())
+
+
+def _part(text: str) -> tuple[int, int]:
+    part, _, parts = text.partition("/")
+    if not (part.isdecimal() and parts.isdecimal() and int(part) < int(parts)):
+        raise RequestError(f"--part {text}: write it as I/N with I from 0 to N-1")
+    return int(part), int(parts)
 
 
 def _interrupt_stage(number: int, frame: Any) -> None:
@@ -167,7 +180,7 @@ def submit(
             say(f"keep  {decision.stage}  {decision.reason}")
         elif dry_run:
             say(f"queue {decision.stage}  {decision.reason}")
-            typer.echo(shell(decision))
+            typer.echo("\n".join(shell(decision)))
         else:
             after = f", after {', '.join(decision.after)}" if decision.after else ""
             say(f"queue {decision.stage}  {decision.reason}: job {decision.job}{after}")
@@ -245,6 +258,9 @@ def ui(
 
 def main() -> None:
     """Entry point: errors of the user's making become one or two lines and an exit code."""
+    # OpenMP threads that wait by spinning take the core from the ones they wait for as soon as
+    # the machine has other work: seen ten times as slow on two busy cores. Read when torch loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     code = _main()
     sys.stdout.flush()
     sys.stderr.flush()

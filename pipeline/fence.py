@@ -105,7 +105,7 @@ def hold(folder: Path) -> Iterator[None]:
         fence.take()  # before the lock: this is what makes the earlier attempt let go
         time.sleep(NOTICE_WITHIN_S)
         within = LET_GO_WITHIN_S
-    with _lock(folder, within):
+    with lock_within(folder, within):
         fence.take()
         with fence.watched():
             yield
@@ -124,7 +124,8 @@ def watched(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _lock(folder: Path, within_s: float) -> Iterator[None]:
+def lock_within(folder: Path, within_s: float) -> Iterator[None]:
+    """The stage's lock, waited for; StageLocked if it is still held after `within_s`."""
     until = time.monotonic() + within_s
     with contextlib.ExitStack() as stack:
         while True:

@@ -42,12 +42,14 @@ def watch(hang_after_s: float, exit_code: int) -> None:
 def _watch(hang_after_s: float, exit_code: int) -> None:
     while True:
         silent = time.monotonic() - _last
-        if silent >= hang_after_s:
-            break
-        time.sleep(min(hang_after_s - silent, 60.0))
-    rank = os.environ.get("RANK", "0")
-    sys.stderr.write(f"rank {rank}: no step for {silent:.0f} s; the stacks of its threads:\n")
-    sys.stderr.flush()
-    faulthandler.dump_traceback(all_threads=True)
-    time.sleep(min(STACKS_BEFORE_EXIT_S, hang_after_s))
-    os._exit(exit_code)
+        if silent < hang_after_s:
+            time.sleep(min(hang_after_s - silent, 60.0))
+            continue
+        before = _last
+        rank = os.environ.get("RANK", "0")
+        sys.stderr.write(f"rank {rank}: no step for {silent:.0f} s; the stacks of its threads:\n")
+        sys.stderr.flush()
+        faulthandler.dump_traceback(all_threads=True)
+        time.sleep(min(STACKS_BEFORE_EXIT_S, hang_after_s))
+        if _last == before:  # else it was only slow
+            os._exit(exit_code)

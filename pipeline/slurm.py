@@ -113,8 +113,13 @@ def load_profile(given: str | None, jobs: Sequence[str]) -> Profile:
 # --- talking to Slurm ---------------------------------------------------------------------
 
 
+def is_here() -> bool:
+    return shutil.which("sbatch") is not None
+
+
 def require_slurm() -> None:
-    if shutil.which("sbatch") is None:
+    """RequestError where there is no Slurm on the path."""
+    if not is_here():
         raise RequestError(
             "no Slurm on the path (sbatch not found); load the site's Slurm module, "
             "or run the stages here with `chainrule run`"

@@ -58,8 +58,8 @@ def note_attempt(pipeline: Pipeline, stage: str) -> None:
         file.write(json.dumps(mine) + "\n")
     bound = int(os.environ.get(RESTARTS_VARIABLE, "5"))
     stuck = 0
-    for attempt in reversed(attempts_of(pipeline, stage)):
-        if attempt["job"] != job or attempt["progress"] != mine["progress"]:
+    for attempt in reversed([a for a in attempts_of(pipeline, stage) if a["job"] == job]):
+        if attempt["progress"] != mine["progress"]:
             break
         stuck += 1
     if stuck > bound:

@@ -98,6 +98,45 @@ def run_here(pipeline: Pipeline, name: str, rank: Rank | None = None) -> None:
         _attempt(pipeline, spec, stage, attempt)
 
 
+def run_part(pipeline: Pipeline, name: str, part: int, parts: int) -> None:
+    """Run part `part` of `parts` of a stage in its unfinished folder, beside other parts.
+
+    The stage itself, run afterwards, finds what the parts left and publishes. RequestError
+    where the job cannot be parted.
+    """
+    spec = pipeline.stages[name]
+    if not hasattr(spec.module, "part"):
+        raise RequestError(f"stage '{name}': job {spec.job} cannot be cut into parts")
+    folder = pipeline.folder(name)
+    with ExitStack() as stack:
+        slurm_job.note_attempt(pipeline, name)
+        stack.enter_context(fence.hold(folder.with_name(f"{name}.part-{part}")))
+        with fence.lock_within(folder, PREPARED_WITHIN_S):
+            attempt = _join(pipeline, spec)
+        stage = Stage(
+            name=name,
+            pipeline=pipeline.name,
+            job=spec.job,
+            folder=partial_folder(folder),
+            fingerprint=attempt["fingerprint"],
+            inputs=_open_inputs(pipeline, spec),
+            rank=part,
+            world_size=parts,
+            resumed=True,
+        )
+        spec.module.part(spec.config, stage, part, parts)
+
+
+def _join(pipeline: Pipeline, spec: StageSpec) -> dict[str, Any]:
+    """The attempt that other parts began, or a new one."""
+    path = partial_folder(pipeline.folder(spec.name)) / ATTEMPT
+    if path.is_file():
+        attempt: dict[str, Any] = read_json(path)
+        if attempt["fingerprint"] == pipeline.fingerprint(spec.name):
+            return attempt
+    return _prepare(pipeline, spec, uuid.uuid4().hex)
+
+
 def _attempt(pipeline: Pipeline, spec: StageSpec, stage: Stage, attempt: dict[str, Any]) -> None:
     began = time.monotonic()
     status = "KILLED"

@@ -37,6 +37,8 @@ class Decision:
     reason: str
     line: list[str] | None = None
     """The sbatch command; None where nothing is queued."""
+    arrays: list[list[str]] = field(default_factory=list)
+    """Commands of the arrays that do the stage's parts before its own job gathers them."""
     job: str | None = None
     """The job that makes the stage: the one queued now, or before."""
     after: list[str] = field(default_factory=list)
@@ -69,9 +71,13 @@ def submit(
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder / "submit.lock"):
         records = {name: record_of(pipeline, name) for name in pipeline.stages}
-        ids = [record["job"] for record in records.values() if record]
+        ids = [job for record in records.values() if record for job in jobs_in(record)]
         jobs = {job.id: job for job in slurm.jobs_of(ids).values() if job.alive}
-        alive = {name: jobs[r["job"]] for name, r in records.items() if r and r["job"] in jobs}
+        alive = {
+            name: next(jobs[job] for job in jobs_in(record) if job in jobs)
+            for name, record in records.items()
+            if record and any(job in jobs for job in jobs_in(record))
+        }
         decisions = _decide(pipeline, profile, names, selection, alive)
         _write_seen(folder)
         _write_config(pipeline)
@@ -102,10 +108,51 @@ def _decide(
         if state is State.RUNNING:
             raise artifact.StageLocked(f"stage '{name}' is running, not as a job: {reason}")
         after = _inputs_to_wait_for(pipeline, name, waiting)
-        waiting[name] = f"${{{name}}}"  # its id, once it is queued
-        line = stage_line(pipeline, name, profile, [waiting[source] for source in after])
-        decisions.append(Decision(name, f"{state}: {reason}", line, after=after))
+        decision = Decision(name, f"{state}: {reason}", after=after)
+        jobs = [waiting[source] for source in after]
+        if pipeline.stages[name].resources.array is not None:
+            decision.arrays = array_lines(pipeline, name, profile, jobs)
+            jobs = [_variable(name, i) for i in range(len(decision.arrays))]
+        decision.line = stage_line(pipeline, name, profile, jobs)
+        waiting[name] = _variable(name)  # its id, once it is queued
+        decisions.append(decision)
     return decisions
+
+
+def _variable(stage: str, array: int | None = None) -> str:
+    """Stands for the id of a job that is not queued yet."""
+    return f"${{{stage}}}" if array is None else f"${{{stage}_array_{array}}}"
+
+
+def jobs_in(record: dict[str, Any]) -> list[str]:
+    """Ids of the jobs of a stage's record: its own, then its arrays'."""
+    return [record["job"], *record["arrays"]]
+
+
+def array_lines(
+    pipeline: Pipeline, name: str, profile: Profile, after: list[str]
+) -> list[list[str]]:
+    """The `sbatch` commands of a stage's parts: several arrays past the site's limit of one.
+
+    With a limit on tasks at once, each array waits for the one before: the limit is of all.
+    """
+    spec = pipeline.stages[name]
+    parts = spec.resources.array or 1
+    if not hasattr(spec.module, "part"):
+        raise RequestError(
+            f"stage '{name}': job {spec.job} cannot be cut into an array; leave resources.array out"
+        )
+    size = profile.array_size or (slurm.array_size_of_site() if slurm.is_here() else parts)
+    limit = spec.resources.array_limit or profile.array_limit
+    lines = []
+    for number, first in enumerate(range(0, parts, size)):
+        tasks = min(size, parts - first)
+        at_once = f"%{limit}" if limit is not None else ""
+        before = [_variable(name, number - 1)] if limit is not None and number else []
+        environment = {"CHAINRULE_PARTS": str(parts), "CHAINRULE_PART_OFFSET": str(first)}
+        array = f"0-{tasks - 1}{at_once}"
+        lines.append(stage_line(pipeline, name, profile, [*after, *before], array, environment))
+    return lines
 
 
 def _require_same_settings(pipeline: Pipeline, name: str, job: Job) -> None:
@@ -133,7 +180,12 @@ def _inputs_to_wait_for(pipeline: Pipeline, name: str, waiting: dict[str, str]) 
 
 
 def stage_line(
-    pipeline: Pipeline, name: str, profile: Profile, after: list[str], array: str | None = None
+    pipeline: Pipeline,
+    name: str,
+    profile: Profile,
+    after: list[str],
+    array: str | None = None,
+    environment: dict[str, str] | None = None,
 ) -> list[str]:
     """The exact `sbatch` command of a stage that waits for the jobs `after`."""
     spec = pipeline.stages[name]
@@ -153,7 +205,7 @@ def stage_line(
         folder=Path.cwd(),
         log=folder / (f"{name}-%A_%a.log" if array else f"{name}-%j.log"),
         signal_before_s=profile.signal_before_s,
-        environment=_environment(pipeline, profile),
+        environment=_environment(pipeline, profile) | (environment or {}),
         after=after,
         array=array,
     )
@@ -179,24 +231,29 @@ def _environment(pipeline: Pipeline, profile: Profile) -> dict[str, str]:
 
 
 def _queue(pipeline: Pipeline, decisions: list[Decision]) -> None:
-    ids = {d.stage: d.job for d in decisions if d.job is not None}
+    ids: dict[str, str] = {d.stage: d.job for d in decisions if d.job is not None}
     queued: list[str] = []
     try:
         for decision in decisions:
             if decision.line is None:
                 continue
-            line = [_filled(word, ids) for word in decision.line]
-            job = slurm.submit_line(line)
+            arrays: list[str] = []
+            for number, array in enumerate(decision.arrays):
+                arrays.append(slurm.submit_line(_filled(array, ids)))
+                queued.append(arrays[-1])
+                ids[f"{decision.stage}_array_{number}"] = arrays[-1]
+            decision.line = _filled(decision.line, ids)
+            job = slurm.submit_line(decision.line)
             queued.append(job)
             ids[decision.stage] = decision.job = job
-            decision.line = line
             record = {
                 "job": job,
+                "arrays": arrays,
                 "fingerprint": pipeline.fingerprint(decision.stage),
                 "log": str(slurm_folder(pipeline) / f"{decision.stage}-{job}.log"),
                 "submitted": artifact.now(),
                 "host": socket.gethostname(),
-                "line": line,
+                "line": decision.line,
             }
             write_json(slurm_folder(pipeline) / f"{decision.stage}.json", record)
     except RequestError:
@@ -205,20 +262,30 @@ def _queue(pipeline: Pipeline, decisions: list[Decision]) -> None:
         raise
 
 
-def _filled(word: str, ids: dict[str, str]) -> str:
-    if word.startswith("--dependency="):
-        for stage, job in ids.items():
-            word = word.replace(f"${{{stage}}}", job)
-    return word
+def _filled(line: list[str], ids: dict[str, str]) -> list[str]:
+    """The command with the ids of the jobs it waits for."""
+    words = []
+    for word in line:
+        if word.startswith("--dependency="):
+            for variable, job in ids.items():
+                word = word.replace(f"${{{variable}}}", job)
+        words.append(word)
+    return words
 
 
-def shell(decision: Decision) -> str:
-    """The command of a decision as a line of shell that keeps the job's id in a variable."""
-    words = [
-        f'"{word}"' if word.startswith("--dependency=") else shlex.quote(word)
-        for word in decision.line or []
-    ]
-    return f"{decision.stage}=$({' '.join(words)})"
+def shell(decision: Decision) -> list[str]:
+    """The commands of a decision as lines of shell that keep the jobs' ids in variables."""
+    names = [f"{decision.stage}_array_{i}" for i in range(len(decision.arrays))]
+    lines = dict(zip(names, decision.arrays, strict=True))
+    if decision.line is not None:
+        lines[decision.stage] = decision.line
+    return [f"{name}=$({_quoted(line)})" for name, line in lines.items()]
+
+
+def _quoted(line: list[str]) -> str:
+    return " ".join(
+        f'"{word}"' if word.startswith("--dependency=") else shlex.quote(word) for word in line
+    )
 
 
 @contextlib.contextmanager

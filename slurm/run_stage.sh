@@ -20,7 +20,11 @@ newest() { # whether attempt $2 of job $1 is the one that Slurm runs now
 
 run_stage() {
   local id="$SLURM_JOB_ID" restart="${SLURM_RESTART_COUNT:-0}"
-  if [[ -n "${SLURM_ARRAY_JOB_ID:-}" ]]; then id="${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"; fi
+  if [[ -n "${SLURM_ARRAY_JOB_ID:-}" ]]; then
+    # CHAINRULE_PARTS=8 sbatch --array=0-7 slurm/pretokenize.sbatch … ; the stage itself afterwards
+    id="${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
+    set -- "$@" --part "$((${CHAINRULE_PART_OFFSET:-0} + SLURM_ARRAY_TASK_ID))/$CHAINRULE_PARTS"
+  fi
   # The rendezvous: the first node of the job, a port that only this job uses.
   MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
   MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))

@@ -36,7 +36,7 @@ stages:
   model: {job: handoff, inputs: {decoder: decoder, tokenizer: tokenizer}}
   samples: {job: sample, inputs: {model: model}, number: 4}
 """
-PROFILE = "{cpus: 4, hang_after_s: 15, time: '10'}"
+PROFILE = "{cpus: 4, hang_after_s: 25, time: '10'}"
 
 
 class Training:
