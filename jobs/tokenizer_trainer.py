@@ -19,10 +19,17 @@ from torch import Tensor
 from chainrule.pipeline.data.image_batches import ImageBatches
 from chainrule.pipeline.stage import Stage, StageFailed, StageInterrupted
 from chainrule.pipeline.training.checkpoints import Checkpoint, CheckpointWriter, newest, snapshot
+from chainrule.pipeline.training.ema import ExponentialAverage
 from chainrule.tokenizers.autoencoder import Autoencoder, AutoencoderTokenizer, to_pixels
+from chainrule.tokenizers.interface import TokenizerError
+from chainrule.tokenizers.losses import Adversary, Watch, average_gradients, build_perceptual
+from chainrule.tokenizers.vqgan import VQGANTokenizer
 from chainrule.tokenizers.vqvae import VQVAETokenizer
 
-LEARNED: dict[str, type[AutoencoderTokenizer]] = {"vqvae": VQVAETokenizer}
+LEARNED: dict[str, type[AutoencoderTokenizer]] = {
+    "vqvae": VQVAETokenizer,
+    "vqgan": VQGANTokenizer,
+}
 CHECKPOINTS = "checkpoints"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """What asks for a checkpoint and a stop (Slurm's preemption and time limit)."""
@@ -52,6 +59,24 @@ class Trainer:
         self.optimizer = torch.optim.Adam(
             self.parameters, config.learning_rate, tuple(config.betas), fused=True
         )
+        self.average = ExponentialAverage(config.ema, self.parameters) if config.ema else None  # type: ignore[arg-type]
+        self.perceptual: torch.nn.Module | None = None
+        self.adversary: Adversary | None = None
+        self.psnr_watch: Watch | None = None
+        try:
+            if config.perceptual is not None:
+                self.perceptual = build_perceptual(config.perceptual).to(self.device)
+            if config.adversarial is not None:
+                self.adversary = Adversary(
+                    config.adversarial,
+                    self.channels,
+                    min(self.resolution),
+                    config.learning_rate,
+                    self.device,
+                )
+                self.psnr_watch = Watch(config.adversarial)
+        except TokenizerError as error:
+            raise StageFailed(f"stage '{stage.name}': {error}") from None
         self.counts = torch.zeros(config.tokenizer.codebook_size, device=self.device)
         self.checkpoints = stage.folder / CHECKPOINTS
         self._writer: CheckpointWriter | None = None
@@ -86,28 +111,50 @@ class Trainer:
 
     def step(self, step: int, images: np.ndarray) -> dict[str, float]:
         """One update (`step` counts from 1) on this rank's rows; figures of the global batch."""
+        factor = self.config.schedule.factor(step - 1, self.config.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate * self.config.schedule.factor(
-                step - 1, self.config.steps
-            )
+            group["lr"] = self.config.learning_rate * factor
+        # dropout draws from torch's own stream: begun anew each step, so that a resumed run agrees
+        torch.manual_seed((self.config.seed << 40) + (step << 10) + self.stage.rank)
         self.model.train()
         x = to_pixels(images).to(self.device, non_blocking=True)
         with self._autocast():
             reconstruction, quantized = self.model(x)
-        error = (reconstruction.float() - x).square().mean()
-        loss = error / self.variance + quantized.loss
+            fake = reconstruction.float()
+            error = (fake - x).square().mean()
+            if self.config.pixel_loss == "l2":
+                pixels = error / self.variance
+            else:
+                pixels = (fake - x).abs().mean() / math.sqrt(self.variance)
+            loss, more = pixels, {}
+            if self.perceptual is not None:
+                more["perceptual"] = self.perceptual(fake, x)
+                loss = loss + self.config.perceptual.weight * more["perceptual"]
+            joined = self.adversary is not None and self.adversary.active(step)
+            if self.adversary is not None and joined:
+                term, more["adversarial_weight"] = self.adversary.generator_loss(
+                    step, loss, fake, self.model.last_layer
+                )
+                loss = loss + term
+            loss = loss + quantized.loss
         self.optimizer.zero_grad()
         loss.backward()
-        self._average_gradients()
+        average_gradients(self.parameters)
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update()
+        if self.adversary is not None and joined:
+            with self._autocast():
+                more |= self.adversary.update(x, fake, factor)
         with torch.no_grad():
             self.counts += torch.bincount(quantized.codes.flatten(), minlength=len(self.counts))
             asked = torch.tensor(float(self._asked), device=self.device)
-            figures = torch.stack([loss.detach(), error.detach(), quantized.commitment, asked])
+            values = [loss, error, pixels, quantized.commitment, asked, *more.values()]
+            figures = torch.stack([value.detach().float() for value in values])
             if self.stage.world_size > 1:
                 dist.all_reduce(figures)
                 figures /= self.stage.world_size
-        total, mean_error, commitment, stopping = figures.tolist()
+        total, mean_error, mean_pixels, commitment, stopping, *rest = figures.tolist()
         self._stopping = stopping > 0
         if not math.isfinite(total):
             raise StageFailed(
@@ -116,10 +163,11 @@ class Trainer:
             )
         return {
             "loss": total,
-            "reconstruction": mean_error / self.variance,
+            "reconstruction": mean_pixels,
             "psnr": 10 * math.log10(4 / max(mean_error, 1e-12)),
             "commitment": commitment,
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "learning_rate": self.config.learning_rate * factor,
+            **dict(zip(more, rest, strict=True)),
         }
 
     def window(self) -> dict[str, float]:
@@ -135,8 +183,22 @@ class Trainer:
             "codebook_perplexity": float(entropy.exp()),
         }
 
-    def watch(self, step: int) -> None:
-        """Nothing to watch without a discriminator."""
+    def watch(self, step: int, psnr: float) -> None:
+        """StageFailed where the discriminator's start wrecked the picture."""
+        fallen = self.psnr_watch.see(step, psnr) if self.psnr_watch is not None else None
+        if fallen is not None:
+            raise StageFailed(f"stage '{self.stage.name}': {fallen}")
+
+    def averaged(self) -> AbstractContextManager:
+        """The averaged weights in place of the raw ones, where they are kept."""
+        return nullcontext() if self.average is None else self.average.in_place_of_masters()
+
+    def take_average(self) -> None:
+        """Leave the averaged weights in the model: the last thing done to it."""
+        if self.average is not None:
+            with torch.no_grad():
+                for parameter, value in zip(self.parameters, self.average.tensors, strict=True):
+                    parameter.copy_(value)
 
     def tokenizer(self) -> AutoencoderTokenizer:
         """The tokenizer as it stands (its module is the one in training)."""
@@ -148,18 +210,6 @@ class Trainer:
         if self.config.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
-
-    def _average_gradients(self) -> None:
-        if self.stage.world_size == 1:
-            return
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in gradients])
-        dist.all_reduce(flat)
-        flat /= self.stage.world_size
-        for gradient, part in zip(
-            gradients, flat.split([g.numel() for g in gradients]), strict=True
-        ):
-            gradient.copy_(part.view_as(gradient))
 
     # --- start, stop, go on -------------------------------------------------------------
 
@@ -204,11 +254,30 @@ class Trainer:
         tensors = {f"model/{n}": snapshot(t) for n, t in self.model.state_dict().items()}
         tensors |= _moments("optimizer", self.optimizer)
         tensors["window/counts"] = snapshot(counts)
-        self._writer.save(step, tensors, {"step": step}, best=None)
+        state: dict[str, Any] = {"step": step}
+        if self.average is not None:
+            state["average_updates"] = self.average.updates
+            averages = enumerate(self.average.tensors)
+            tensors |= {f"average/{number}": snapshot(t) for number, t in averages}
+        if self.adversary is not None and self.psnr_watch is not None:
+            state["watch"] = self.psnr_watch.state()
+            adversary = self.adversary.state_dict().items()
+            tensors |= {f"adversary/{n}": snapshot(t) for n, t in adversary}
+            tensors |= _moments("adversary-optimizer", self.adversary.optimizer)
+        self._writer.save(step, tensors, state, best=None)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         self.model.load_state_dict(dict(checkpoint.tensors("model")))
         _load_moments(self.optimizer, dict(checkpoint.tensors("optimizer")))
+        if self.average is not None:
+            self.average.updates = int(checkpoint.state["average_updates"])
+            for number, tensor in checkpoint.tensors("average"):
+                self.average.tensors[int(number)].copy_(tensor)
+        if self.adversary is not None and self.psnr_watch is not None:
+            self.adversary.load_state_dict(dict(checkpoint.tensors("adversary")))
+            moments = dict(checkpoint.tensors("adversary-optimizer"))
+            _load_moments(self.adversary.optimizer, moments)
+            self.psnr_watch = Watch(self.psnr_watch.settings, checkpoint.state["watch"])
         counts = dict(checkpoint.tensors("window"))["counts"].to(self.device)
         # summed over ranks when saved: one rank takes it up
         self.counts = counts if self.stage.is_main else torch.zeros_like(counts)

@@ -30,16 +30,19 @@ from chainrule.tokenizers.bytes import ByteSettings, ByteTokenizer
 from chainrule.tokenizers.characters import CharacterSettings, CharacterTokenizer
 from chainrule.tokenizers.health import measure, sheet
 from chainrule.tokenizers.interface import Tokenizer, TokenizerError, read_card
+from chainrule.tokenizers.losses import Adversarial, Perceptual
 from chainrule.tokenizers.mulaw import MuLawSettings, MuLawTokenizer
 from chainrule.tokenizers.palette import PaletteSettings, PaletteTokenizer
 from chainrule.tokenizers.pixels import PixelSettings, PixelTokenizer
 from chainrule.tokenizers.text import SentencePieceSettings, SentencePieceTokenizer
+from chainrule.tokenizers.vqgan import VQGANSettings
 from chainrule.tokenizers.vqvae import VQVAESettings
 
 INPUTS: dict[str, Input] = {"data": Input(("ingest",))}
 
 AnySettings = Annotated[
     VQVAESettings
+    | VQGANSettings
     | PaletteSettings
     | SentencePieceSettings
     | ByteSettings
@@ -71,6 +74,14 @@ class Config(Settings):
     betas: tuple[float, float] = Field((0.9, 0.999), description="of Adam")
     schedule: ScheduleSettings = ScheduleSettings(name="wsd", decay=0.3, floor=0.01)
     precision: Literal["fp32", "bf16"] = "fp32"
+    pixel_loss: Literal["l2", "l1"] = Field(
+        "l2", description="of the variance (l2) or the standard deviation (l1) of the pixels"
+    )
+    perceptual: Perceptual | None = None
+    adversarial: Adversarial | None = Field(
+        None, description="a discriminator; kind vqgan has one unless this is null"
+    )
+    ema: float | None = Field(None, gt=0, lt=1, description="decay of averaged weights, published")
     crop: int | None = Field(None, ge=1, description="train on random windows of this side")
     flip: bool = Field(False, description="mirror training images at random")
     checkpoint_every: int = runtime(500, ge=1, description="steps")
@@ -80,9 +91,18 @@ class Config(Settings):
     workers: int = runtime(1, ge=1, description="threads that decode images")
     cache_bytes: int = runtime(1 << 30, ge=0, description="decoded images kept in memory")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _vqgan_is_adversarial(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "adversarial" not in given:
+            tokenizer = given.get("tokenizer")
+            if isinstance(tokenizer, dict) and tokenizer.get("kind") == "vqgan":
+                return {**given, "adversarial": {}}
+        return given
+
     @model_validator(mode="after")
     def _only_what_is_read(self) -> "Config":
-        if not isinstance(self.tokenizer, VQVAESettings):
+        if not isinstance(self.tokenizer, VQVAESettings | VQGANSettings):
             unread = sorted(self.model_fields_set & _OF_LEARNED)
             if unread:
                 raise ValueError(
@@ -93,6 +113,8 @@ class Config(Settings):
             raise ValueError(
                 f"crop {self.crop} is not divisible by downsampling {self.tokenizer.downsampling}"
             )
+        elif self.adversarial is not None:
+            self.adversarial.check(self.steps)
         return self
 
 
@@ -103,6 +125,10 @@ _OF_LEARNED = {
     "betas",
     "schedule",
     "precision",
+    "pixel_loss",
+    "perceptual",
+    "adversarial",
+    "ema",
     "crop",
     "flip",
     "checkpoint_every",
@@ -163,12 +189,14 @@ def train(config: Config, stage: Stage, shards: Shards) -> Tokenizer:
                 if step % config.log_every == 0 or step == config.steps:
                     stage.log(step, **figures, **trainer.window())
                 if step % config.validate_every == 0 and step < config.steps and stage.is_main:
-                    health = measure(trainer.tokenizer(), validation(shards))
+                    with trainer.averaged():
+                        health = measure(trainer.tokenizer(), validation(shards))
                     stage.log(step, **{f"validation_{k}": v for k, v in health.items()})
-                trainer.watch(step)
+                trainer.watch(step, figures["psnr"])
                 if step % config.checkpoint_every == 0 and step < config.steps:
                     trainer.save(step)
                 trainer.stop_if_asked(step)
+        trainer.take_average()
         return trainer.tokenizer()
 
 

@@ -180,7 +180,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     quiet: Path, digits: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "watch", lambda self, step: 1 // (11 - step))
+        patch.setattr(Trainer, "watch", lambda self, step, psnr: 1 // (11 - step))
         with pytest.raises(ZeroDivisionError):
             run(tmp_path, digits)
     newest = tmp_path / "checkpoints" / "step-00000010" / "state-00000.safetensors"
@@ -360,3 +360,85 @@ def test_pictures_of_several_sizes_want_a_crop(tmp_path: Path) -> None:
 def test_settings_that_mean_nothing_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         train_tokenizer.Config.model_validate(settings)
+
+
+GAN = {
+    **RUN,
+    "tokenizer": {
+        "kind": "vqgan",
+        "downsampling": 2,
+        "codebook_size": 16,
+        "dim": 4,
+        "channels": 8,
+        "residual_blocks": 1,
+        "dropout": 0.1,
+    },
+    "adversarial": {"start": 3, "ramp": 4, "layers": 1, "channels": 8, "lecam": 0.01},
+    "perceptual": {"kind": "multiscale"},
+    "pixel_loss": "l1",
+    "ema": 0.9,
+}
+
+
+@pytest.fixture(scope="module")
+def quiet_gan(digits: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("quiet-gan")
+    run(folder, digits, **GAN)
+    return folder
+
+
+@pytest.mark.parametrize("cut", [2, 6, 11])
+def test_a_vqgan_cut_before_in_and_after_the_start_ends_the_same(
+    cut: int, quiet_gan: Path, digits: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Trainer.step
+
+    def cut_step(self: Trainer, step: int, images: np.ndarray) -> dict[str, float]:
+        if step == cut + 1:
+            raise MemoryError
+        return whole(self, step, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", cut_step)
+        with pytest.raises(MemoryError):
+            run(tmp_path / "cut", digits, **GAN)
+    run(tmp_path / "cut", digits, **GAN)
+    assert contents(tmp_path / "cut") == contents(quiet_gan)
+    text = (quiet_gan / "metrics.jsonl").read_text()
+    lines = [line for line in map(json.loads, text.splitlines()) if "loss" in line]
+    assert ["discriminator_loss" in line for line in lines] == [False] * 3 + [True] * 9
+    assert all(line["adversarial_weight"] > 0 for line in lines[3:])
+    assert interface.load(quiet_gan).kind == "vqgan"
+
+
+def test_a_start_that_wrecks_the_picture_stops_the_stage(digits: Artifact, tmp_path: Path) -> None:
+    wrecking = {
+        **RUN,
+        "steps": 400,
+        "learning_rate": 5e-3,
+        "schedule": {"name": "constant"},
+        "log_every": 50,
+        "validate_every": 1000,
+        "checkpoint_every": 1000,
+        "adversarial": {
+            "start": 120,
+            "ramp": 1,
+            "weight": 1000.0,
+            "adaptive": False,
+            "layers": 1,
+            "largest_drop": 1.0,
+        },
+    }
+    with pytest.raises(StageFailed, match=r"collapsed after the discriminator's start \(step 120"):
+        run(tmp_path, digits, **wrecking)
+    assert not (tmp_path / "card.json").exists()
+
+
+def test_adversarial_is_the_default_of_vqgan_alone() -> None:
+    vqgan = {"tokenizer": {"kind": "vqgan"}, "steps": 20_000}
+    assert train_tokenizer.Config.model_validate(vqgan).adversarial is not None
+    without = {**vqgan, "adversarial": None}
+    assert train_tokenizer.Config.model_validate(without).adversarial is None
+    assert train_tokenizer.Config.model_validate({"tokenizer": TINY}).adversarial is None
+    with pytest.raises(ValidationError, match="would never start"):
+        train_tokenizer.Config.model_validate({**vqgan, "steps": 5000})

@@ -44,6 +44,12 @@ class Autoencoder(nn.Module):
             quantized = self.quantizer(features.float())
         return self.decoder(quantized.z), quantized
 
+    @property
+    def last_layer(self) -> Tensor:
+        """Weight of the layer that makes pixels: where losses are balanced against each other."""
+        last = [m for m in self.decoder.modules() if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
+        return last[-1].weight
+
     def encode(self, x: Tensor) -> Tensor:
         """Pixels (B, C, H, W) to codes (B, h, w*Q)."""
         codes: Tensor = self.quantizer(self.encoder(x)).codes
