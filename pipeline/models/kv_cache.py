@@ -14,6 +14,7 @@ import itertools
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from chainrule.pipeline.models.contract import Conditional
@@ -91,18 +92,15 @@ class KVCache:
 def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q k^T / sqrt(d)) v with H/K queries to a key, without repeating the keys.
 
-    q (B, H, t, d), k and v (B, K, n, d), mask (t, n) bool. A step of decoding is two
-    matrix-vector products a head: written out, they cost less than the general kernel.
+    q (B, H, t, d), k and v (B, K, n, d), mask (t, n) bool, None only for t = 1.
     """
     batch, heads, length, width = q.shape
     kv_heads = k.shape[1]
-    q = (q * width**-0.5).reshape(batch, kv_heads, -1, width)
-    scores = q @ k.transpose(-1, -2)
-    if mask is not None:
-        scores = scores.view(batch, heads, length, -1).masked_fill(~mask, -torch.inf)
-        scores = scores.view(batch, kv_heads, -1, k.shape[2])
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype)
-    return (weights @ v).view(batch, heads, length, width)
+    if mask is None and heads != kv_heads:
+        # One query looks at everything: the queries of a key's group are as good as a sequence.
+        q = q.reshape(batch, kv_heads, heads // kv_heads, width)
+        return F.scaled_dot_product_attention(q, k, v).reshape(batch, heads, length, width)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=heads != kv_heads)
 
 
 class DecoderCursor(CachedCursor):
