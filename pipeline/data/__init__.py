@@ -47,6 +47,7 @@ batches.py
         rows of `context` tokens: whole samples where all have that length (context None: the
         grid's size), else documents packed into windows. Sets of several tokenizers are moved
         into their joint vocabulary: mixture.vocabulary
+    joint_vocabulary([TokenSet, ...]) -> (Vocabulary, [table or None, ...])
     Mixture: .context .vocabulary .members (of .tokens, .rows; len(rows) rows an epoch, rows.waste)
         .epochs(position) -> epochs each set went through
         .batch(position, size, rank=0, world_size=1, step=0) -> Batch
@@ -54,7 +55,8 @@ batches.py
            .documents (B, T) long or None         .mask (B, T) bool or None (False on padding)
            .step .position .ids (B lists of Piece(set, epoch, sample, start, stop))
            .tokens (positions that count)   .to(device)   .split(n) -> micro-batches
-    Loader(mixture, batch_size, rank=0, world_size=1, step=0, position=None, workers=1, ahead=4)
+    Loader(mixture, batch_size, rank=0, world_size=1, step=0, position=None, workers=1, ahead=4,
+        pin=False)
         an endless iterator of rank r's slice of each global batch; a context manager
         batch_size: int, or [(from_step, size), ...] for a ramp
         .state() -> {"step": s, "position": p} of the next batch    .stalled seconds waited

@@ -10,12 +10,12 @@ State to resume: two integers, the step and the position (rows consumed before i
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -69,19 +69,21 @@ class Batch:
         """Positions that count."""
         return self.x.numel() if self.mask is None else int(self.mask.sum())
 
+    def _with(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        tensors: dict[str, Any] = {
+            name: None if tensor is None else change(tensor)
+            for name in ("x", "cond", "documents", "mask")
+            for tensor in [getattr(self, name)]
+        }
+        return replace(self, **tensors)
+
     def to(self, device: torch.device | str) -> "Batch":
         """The batch with its tensors on `device`."""
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
 
-        def move(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=True)
-
-        return replace(
-            self,
-            x=self.x.to(device, non_blocking=True),
-            cond=move(self.cond),
-            documents=move(self.documents),
-            mask=move(self.mask),
-        )
+    def pinned(self) -> "Batch":
+        """The batch with its tensors in page-locked memory."""
+        return self._with(Tensor.pin_memory)
 
     def split(self, n: int) -> list["Batch"]:
         """`n` micro-batches of equal size, in order. ValueError where it does not divide."""
@@ -91,24 +93,12 @@ class Batch:
         size = rows // n
         parts = []
         for first in range(0, rows, size):
-
-            def cut(tensor: Tensor | None, first: int = first) -> Tensor | None:
-                return None if tensor is None else tensor[first : first + size]
-
+            rows_ = slice(first, first + size)
             inside = (self.pieces[:, ROW] >= first) & (self.pieces[:, ROW] < first + size)
             pieces = self.pieces[inside].copy()
             pieces[:, ROW] -= first
-            parts.append(
-                replace(
-                    self,
-                    x=self.x[first : first + size],
-                    cond=cut(self.cond),
-                    documents=cut(self.documents),
-                    mask=cut(self.mask),
-                    position=self.position + first,
-                    pieces=pieces,
-                )
-            )
+            part = self._with(lambda tensor, rows_=rows_: tensor[rows_])  # type: ignore[misc]
+            parts.append(replace(part, position=self.position + first, pieces=pieces))
         return parts
 
 
@@ -125,7 +115,7 @@ class Member:
 
 
 class Mixture:
-    """Sets drawn by weight, each in epochs of its own. One set is a mixture too.
+    """Sets drawn by weight (share of rows), each in epochs of its own. One is a mixture too.
 
     Weights None: each set by its number of rows, so that all epochs turn together.
     """
@@ -215,6 +205,18 @@ class Mixture:
         )
 
 
+def joint_vocabulary(
+    token_sets: Sequence[TokenSet],
+) -> tuple[Vocabulary, list[np.ndarray | None]]:
+    """The vocabulary of a mixture of the sets, and each set's table into it (None: as it is)."""
+    prints = list(dict.fromkeys(tokens.tokenizer_fingerprint for tokens in token_sets))
+    of = {tokens.tokenizer_fingerprint: tokens.vocabulary for tokens in token_sets}
+    if len(prints) == 1:
+        return of[prints[0]], [None] * len(token_sets)
+    vocabulary, tables = join([of[fingerprint] for fingerprint in prints])
+    return vocabulary, [tables[prints.index(t.tokenizer_fingerprint)] for t in token_sets]
+
+
 def mixture_of(
     token_sets: Sequence[TokenSet],
     context: int | None = None,
@@ -232,15 +234,10 @@ def mixture_of(
     if context is None:
         sizes = {int(np.prod(tokens.grid)) for tokens in token_sets if tokens.grid is not None}
         context = max(sizes) if sizes else None
-    prints = list(dict.fromkeys(tokens.tokenizer_fingerprint for tokens in token_sets))
-    of = {tokens.tokenizer_fingerprint: tokens.vocabulary for tokens in token_sets}
-    vocabulary, tables = of[prints[0]], None
-    if len(prints) > 1:
-        vocabulary, tables = join([of[fingerprint] for fingerprint in prints])
+    vocabulary, tables = joint_vocabulary(token_sets)
     padding = vocabulary.specials.get("eos", 0)
     members = []
-    for tokens in token_sets:
-        table = tables[prints.index(tokens.tokenizer_fingerprint)] if tables else None
+    for tokens, table in zip(token_sets, tables, strict=True):
         rows = rows_of(tokens, context, seed, shuffle)
         members.append(Member(tokens, rows, table, padding))
     return Mixture(members, weights, vocabulary)
@@ -265,11 +262,13 @@ class Loader:
         position: int | None = None,
         workers: int = 1,
         ahead: int = 4,
+        pin: bool = False,
     ) -> None:
         """`batch_size`: rows of a global batch, or [(from_step, rows), ...], the first at 0.
 
         `step` and `position` are what `state()` gave; position None is that of a run that
-        passed nothing over. RequestError where a batch does not divide by the ranks.
+        passed nothing over. `pin` puts batches into page-locked memory, from which `to` copies
+        to a GPU without a wait. RequestError where a batch does not divide by the ranks.
         """
         ramp = [(0, batch_size)] if isinstance(batch_size, int) else list(batch_size)
         if not ramp or ramp[0][0] != 0 or [s for s, _ in ramp] != sorted({s for s, _ in ramp}):
@@ -281,7 +280,7 @@ class Loader:
                     f"take a multiple of {world_size}"
                 )
         self._ramp = ramp
-        self.mixture, self.rank, self.world_size = mixture, rank, world_size
+        self.mixture, self.rank, self.world_size, self._pin = mixture, rank, world_size, pin
         self._step = step
         self._position = self._position_of(step) if position is None else position
         self.stalled = 0.0
@@ -331,7 +330,8 @@ class Loader:
 
     def _make(self, step: int, position: int) -> Batch:
         size = self.batch_size(step)
-        return self.mixture.batch(position, size, self.rank, self.world_size, step)
+        batch = self.mixture.batch(position, size, self.rank, self.world_size, step)
+        return batch.pinned() if self._pin else batch
 
     def _fill(self) -> None:
         if self._pool is None:

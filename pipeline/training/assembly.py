@@ -6,7 +6,7 @@ from typing import Any
 
 from chainrule.pipeline.artifact import Artifact
 from chainrule.pipeline.config import RequestError, Settings, digest
-from chainrule.pipeline.data.batches import Mixture, mixture_of
+from chainrule.pipeline.data.batches import Mixture, joint_vocabulary, mixture_of
 from chainrule.pipeline.data.tokens import TokenSet
 from chainrule.pipeline.models.registry import FAMILIES, PRESETS, resolve
 
@@ -58,7 +58,7 @@ def model_config(spec: str | dict[str, Any], sets: Sequence[TokenSet]) -> Settin
     RequestError, one line, where spec and tokens contradict each other.
     """
     asked = {} if isinstance(spec, str) else dict(spec)
-    vocabulary = mixture_of(sets, context=1 if _packed(sets) else None).vocabulary
+    vocabulary, _ = joint_vocabulary(sets)
     filled: dict[str, Any] = {"vocabulary_size": vocabulary.size}
     size = asked.get("vocabulary_size")
     if size is not None:
@@ -104,9 +104,6 @@ def _family(spec: str | dict[str, Any]) -> str:
         return str(PRESETS[spec["preset"]]["family"])
     return str(spec["family"])
 
-
-def _packed(sets: Sequence[TokenSet]) -> bool:
-    return any(tokens.grid is None for tokens in sets)
 
 
 def describe(
