@@ -1,0 +1,129 @@
+"""Codecs and a model on one axis: sizes recomputed by hand, everything decoded."""
+
+import bz2
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from chainrule.jobs import scoreboard
+from chainrule.jobs.scoreboard import Config
+from chainrule.pipeline.config import RequestError
+from chainrule.pipeline.data.shards import ShardWriter, finish, key_of
+from chainrule.pipeline.evaluation import codecs
+from chainrule.pipeline.models.folder import save
+from chainrule.pipeline.models.registry import build
+from chainrule.pipeline.stage import StageFailed
+from chainrule.tokenizers.bytes import ByteTokenizer
+
+TEXTS = ["some text that repeats, repeats and repeats. " * 12, "another document. " * 20]
+
+
+def shards(folder, modality, members):
+    folder.mkdir()
+    for number, split in enumerate(("train", "validation")):
+        with ShardWriter(folder, number, split) as shard:
+            for i, member in enumerate(members):
+                shard.write(key_of(10 * number + i), {**member, "json": {}})
+    finish(folder, kind="raw", modality=modality, shards=2)
+    return folder
+
+
+@pytest.fixture
+def texts(tmp_path):
+    return shards(tmp_path / "texts", "text", [{"txt": text.encode()} for text in TEXTS])
+
+
+@pytest.fixture
+def model(tmp_path):
+    tokenizer = ByteTokenizer()
+    decoder = build(
+        "gpt2-debug", seed=0, vocabulary_size=258, context=32, layers=1, width=16, heads=2
+    )
+    folder = tmp_path / "model"
+    tokenizer.save(folder / "tokenizer")
+    about = {"kind": "bytes", "fingerprint": tokenizer.fingerprint, "path": "tokenizer"}
+    save(decoder, folder, {"modality": "text", "classes": None, "grid": None, "tokenizer": about})
+    return folder
+
+
+def test_text(texts, model, tmp_path):
+    out = tmp_path / "out"
+    lines = scoreboard.scoreboard([model], texts, out, Config(primed=True))
+    found = json.loads((out / "scoreboard.json").read_text())
+    rows = {(row["name"], row["way"]): row for row in found["rows"]}
+    joined = "".join(TEXTS).encode()
+    assert found["units"] == len(joined)
+    assert rows["bzip2", "joined"]["coded_bytes"] == len(bz2.compress(joined, 9))
+    assert rows["bzip2", "alone"]["coded_bytes"] == sum(
+        len(bz2.compress(t.encode(), 9)) for t in TEXTS
+    )
+    primed = len(bz2.compress(joined + joined, 9)) - len(bz2.compress(joined, 9))
+    assert rows["bzip2", "primed"]["coded_bytes"] == primed
+    assert rows["xz", "primed"]["bits"] < rows["xz", "joined"]["bits"]
+    mine = rows["model", "static"]
+    assert mine["verified"]
+    assert mine["bits_with_model"] > mine["bits"] > 0
+    assert mine["model_bytes"] == (model / "weights.safetensors").stat().st_size
+    assert [row["bits"] for row in found["rows"]] == sorted(r["bits"] for r in found["rows"])
+    assert len(lines) == len(found["rows"]) + 2
+    assert (out / "scoreboard.png").exists()
+    assert sorted(p.name for p in out.iterdir()) == [
+        "scoreboard.json",
+        "scoreboard.md",
+        "scoreboard.png",
+    ]
+    with pytest.raises(RequestError, match="already"):
+        scoreboard.scoreboard([model], texts, out)
+
+
+def test_images_alone_and_as_an_atlas(tmp_path):
+    rng = np.random.default_rng(0)
+    members, images = [], []
+    for _ in range(5):
+        image = np.repeat(rng.integers(0, 256, (6, 8), dtype=np.uint8), 2, axis=0)
+        stream = io.BytesIO()
+        Image.fromarray(image).save(stream, "PNG")
+        members.append({"png": stream.getvalue()})
+        images.append(image)
+    data = shards(tmp_path / "images", "image", members)
+    lines = scoreboard.scoreboard([], data, tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "scoreboard.json").read_text())
+    assert found["unit"] == "bits/dim"
+    assert found["units"] == 5 * 12 * 8
+    rows = {(row["name"], row["way"]): row for row in found["rows"]}
+    for name in ("PNG", "WebP"):
+        assert rows[name, "joined"]["bits"] < rows[name, "alone"]["bits"]
+        assert rows[name, "alone"]["verified"]
+    assert any("WebP" in line for line in lines)
+
+
+def test_an_atlas_holds_every_image_once():
+    images = [np.full((2, 3, 1), i + 1, dtype=np.uint8) for i in range(5)]
+    sheet = codecs.atlas(images)
+    assert sheet.shape == (4, 9, 1)
+    for i in range(5):
+        top, left = i // 3 * 2, i % 3 * 3
+        assert (sheet[top : top + 2, left : left + 3] == i + 1).all()
+    assert (sheet[2:, 6:] == 0).all()
+
+
+def test_flac_is_exact():
+    (flac,) = codecs.audio_codecs(8000)
+    rng = np.random.default_rng(0)
+    samples = rng.integers(-32768, 32768, 3000).astype(np.int16)
+    assert codecs.same(samples, flac.decode(flac.encode(samples)))
+    tone = (9000 * np.sin(np.arange(8000) / 20)).astype(np.int16)
+    assert len(flac.encode(tone)) < tone.nbytes / 2
+
+
+def test_a_model_of_something_else_is_refused(model, tmp_path):
+    stream = io.BytesIO()
+    Image.fromarray(np.zeros((4, 4), dtype=np.uint8)).save(stream, "PNG")
+    data = shards(tmp_path / "images", "image", [{"png": stream.getvalue()}])
+    with pytest.raises(StageFailed, match="a model of text"):
+        scoreboard.scoreboard([model], data, tmp_path / "out")
+    with pytest.raises(StageFailed, match="is empty"):
+        scoreboard.scoreboard([], shards(tmp_path / "none", "image", []), tmp_path / "out2")
