@@ -189,9 +189,9 @@ def stage_line(
 ) -> list[str]:
     """The exact `sbatch` command of a stage that waits for the jobs `after`."""
     spec = pipeline.stages[name]
-    script = slurm.scripts_folder() / f"{spec.job}.sbatch"
-    if not script.is_file():
-        raise RequestError(f"{script}: no batch script for job '{spec.job}' (stage '{name}')")
+    scripts = slurm.scripts_folder()
+    own = scripts / f"{spec.job}.sbatch"
+    script = own if own.is_file() else scripts / "stage.sbatch"
     folder = slurm_folder(pipeline)
     arguments = [str(_config_copy(pipeline)), name, "--runs", str(pipeline.runs.absolute())]
     for override in pipeline.overrides:
