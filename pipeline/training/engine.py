@@ -216,17 +216,22 @@ class Engine:
     def _guard_overflow(self) -> None:
         """Let DeepSpeed skip a step on our word too, and look for inf and nan in any precision.
 
-        Its `step` asks `check_overflow` and discards the gradients where `overflow` is set.
+        Its `step` discards the gradients where `overflow` is set: stages 1 and 2 set it in
+        `check_overflow`, stage 3 reads it in `_loss_scale_update_and_overflow_cleanup`.
         """
         zero = self._zero
-        original = zero.check_overflow
         zero.check_grad_overflow = True
+        name = "_loss_scale_update_and_overflow_cleanup" if self.stage == 3 else "check_overflow"
+        original = getattr(zero, name)
 
-        def check_overflow(*args: Any, **kwargs: Any) -> None:
+        def with_veto(*args: Any, **kwargs: Any) -> Any:
+            if self.stage == 3:
+                zero.overflow = bool(zero.overflow) or self._veto
+                return original(*args, **kwargs)
             original(*args, **kwargs)
             zero.overflow = bool(zero.overflow) or self._veto
 
-        zero.check_overflow = check_overflow
+        setattr(zero, name, with_veto)
 
     def close(self) -> None:
         """Meet the other ranks, then leave the process group: no abort at interpreter exit."""
