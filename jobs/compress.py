@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from chainrule.jobs.sample import Source, open_source
+from chainrule.jobs.sample import open_source
 from chainrule.pipeline.artifact import write_json
 from chainrule.pipeline.coding import container
 from chainrule.pipeline.coding.archive import Named, Report, pack, total_ideal_bits, unpack
@@ -29,6 +29,7 @@ from chainrule.pipeline.coding.entropy import CodingError
 from chainrule.pipeline.coding.forms import Adapter, Symbols
 from chainrule.pipeline.config import RequestError, runtime
 from chainrule.pipeline.data.reader import Shards
+from chainrule.pipeline.sampling.request import Source
 from chainrule.pipeline.stage import Input, Stage, StageFailed
 
 INPUTS = {"model": Input(("handoff",)), "data": Input(("ingest",))}

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from chainrule.jobs.sample import Source, open_source
+from chainrule.jobs.sample import open_source
 from chainrule.pipeline.artifact import Artifact, ArtifactError, require_same
 from chainrule.pipeline.config import Settings, runtime
 from chainrule.pipeline.data.reader import Shards
@@ -47,6 +47,7 @@ from chainrule.pipeline.evaluation.likelihood_figures import put_images, put_tex
 from chainrule.pipeline.evaluation.linear_probe import probe_model, probe_picture, put_probes
 from chainrule.pipeline.evaluation.round_trip import measure_audio, measure_images, measure_texts
 from chainrule.pipeline.models.made import MADE
+from chainrule.pipeline.sampling.request import Source
 from chainrule.pipeline.stage import Input, Stage, StageFailed
 
 INPUTS = {
