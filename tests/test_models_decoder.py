@@ -1,0 +1,308 @@
+"""What is particular to the decoders: documents, windows, start symbols, fast paths, shapes."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from chainrule.pipeline import build
+from chainrule.pipeline.models.decoder import Decoder, written_out_attention
+from chainrule.pipeline.models.elementwise import RMSNorm, rotate, swiglu
+from chainrule.pipeline.models.registry import PRESETS, resolve
+
+SMALL: dict[str, Any] = {"layers": 2, "heads": 2, "width": 16, "mlp_width": 24, "context": 16}
+
+
+def _decoder(preset: str, **changes: Any) -> Decoder:
+    model = build(preset, seed=0, **{**SMALL, **changes}).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    assert isinstance(model, Decoder)
+    return model
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gpt2-debug": {},
+    "llama-debug": {"kv_heads": 1},
+    "mistral-debug": {"kv_heads": 1, "window": 3},
+    "falcon-debug": {},
+}
+
+
+@pytest.mark.parametrize("preset", FAMILIES)
+def test_packed_documents_are_as_likely_as_alone(preset: str) -> None:
+    """Each document of a window has the nats it would have by itself, and moves no other."""
+    model = _decoder(preset, **FAMILIES[preset])
+    x = torch.randint(256, (2, 16))
+    documents = torch.tensor([[7] * 5 + [2] + [3] * 10, [0] * 16])
+    packed = model.log_prob(x, documents=documents)
+    alone = [model.log_prob(x[:1, a:b]) for a, b in ((0, 5), (5, 6), (6, 16))]
+    assert torch.allclose(packed[:1], torch.cat(alone, dim=1), atol=1e-5)
+    assert torch.allclose(packed[1:], model.log_prob(x[1:]), atol=1e-5)
+
+    other = x.clone()
+    other[0, :6] = (other[0, :6] + 1) % 256
+    assert torch.equal(model.log_prob(other, documents=documents)[0, 6:], packed[0, 6:])
+    with pytest.raises(ValueError, match=r"documents has shape \(2, 15\)"):
+        model.log_prob(x, documents=documents[:, :15])
+
+
+def test_documents_of_a_conditioned_model_each_know_their_class() -> None:
+    model = _decoder("gpt2-debug", classes=3)
+    x, cond = torch.randint(256, (1, 8)), torch.tensor([2])
+    documents = torch.tensor([[0] * 3 + [1] * 5])
+    packed = model.log_prob(x, cond, documents=documents)
+    alone = torch.cat([model.log_prob(x[:, :3], cond), model.log_prob(x[:, 3:], cond)], dim=1)
+    assert torch.allclose(packed, alone, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_window_sees_so_far_and_no_farther() -> None:
+    """With L layers of window w, x_t depends on the L (w - 1) + 1 inputs before it."""
+    model = _decoder("mistral-debug", window=3, context=16)
+    x = torch.randint(256, (1, 16))
+    moved = []
+    for s in range(16):
+        other = x.clone()
+        other[0, s] = (other[0, s] + 1) % 256
+        difference = model.conditionals(other).log_prob(x) - model.conditionals(x).log_prob(x)
+        moved.append(difference[0] != 0)
+    # Element s is input s + 1; output t looks at inputs t - 4 .. t.
+    for s, row in enumerate(moved):
+        for t in range(16):
+            assert bool(row[t]) == (s + 1 <= t <= s + 1 + 4)
+
+
+@torch.no_grad()
+def test_a_ring_goes_back_farther_than_it_remembers() -> None:
+    model = _decoder("mistral-debug", window=3, context=64, layers=3)
+    x = torch.randint(256, (2, 64))
+    wanted = model.log_prob(x)
+    cursor = model.cursor(2)
+    cursor.advance(x[:, :50])
+    for back in (1, 2, 20, 29):
+        cursor.rewind(back)
+        at = cursor.position
+        assert torch.allclose(cursor.next.log_prob(x[:, at]), wanted[:, at], atol=1e-5)
+        following = cursor.advance(x[:, at:50])
+        assert torch.allclose(
+            following.log_prob(x[:, at + 1 : 51]), wanted[:, at + 1 : 51], atol=1e-5
+        )
+    assert cursor.nbytes == 2 * 2 * 3 * 2 * 3 * 8 * 4
+
+
+@torch.no_grad()
+def test_long_prompts_are_fed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("chainrule.pipeline.models.kv_cache.LARGEST_FEED", 4)
+    for preset in ("llama-debug", "mistral-debug"):
+        model = _decoder(preset, **FAMILIES[preset])
+        x = torch.randint(256, (2, 16))
+        following = model.cursor(2).advance(x[:, :15])
+        assert torch.allclose(following.log_prob(x[:, 1:]), model.log_prob(x)[:, 1:], atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_condition_is_dropped_in_training_only() -> None:
+    model = _decoder("gpt2-debug", classes=3, class_dropout=0.999)
+    x, cond = torch.randint(256, (4, 6)), torch.tensor([0, 1, 2, 2])
+    kept, free = model.log_prob(x, cond), model.log_prob(x)
+    assert torch.equal(free, model.log_prob(x, torch.full((4,), -1)))
+    assert not torch.allclose(kept, free, atol=1e-4)
+    model.train()
+    assert torch.allclose(model.log_prob(x, cond), free, atol=1e-5)
+    cursor = model.cursor(4, cond)
+    assert torch.allclose(cursor.next.log_prob(x[:, 0]), kept[:, 0], atol=1e-5)
+
+
+@torch.no_grad()
+def test_dropout_works_in_training_and_never_in_a_cursor() -> None:
+    model = _decoder("gpt2-debug", dropout=0.5)
+    x = torch.randint(256, (2, 8))
+    wanted = model.log_prob(x)
+    assert torch.equal(wanted, model.log_prob(x))
+    model.train()
+    assert not torch.equal(model.log_prob(x), model.log_prob(x))
+    following = model.cursor(2).advance(x[:, :7])
+    assert torch.allclose(following.log_prob(x[:, 1:]), wanted[:, 1:], atol=1e-5)
+
+
+def test_recomputed_activations_give_the_same_gradients() -> None:
+    model = _decoder("llama-debug", kv_heads=1).train()
+    x = torch.randint(256, (2, 16))
+    gradients = []
+    for recompute in (False, True):
+        model.activation_checkpointing = recompute
+        gradients.append(torch.autograd.grad(model(x).sum(), list(model.parameters())))
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+def test_features_are_causal_and_end_in_the_conditionals() -> None:
+    model = build("imagegpt-debug", seed=0, layers=2, heads=2, width=16).eval()
+    assert isinstance(model, Decoder)
+    x = torch.randint(64, (2, 8, 8))
+    features = model.features(x)
+    assert [tuple(f.shape) for f in features] == [(2, 64, 16)] * 3
+    nats = model.config.head.conditional(model.head(features[-1]), 64).log_prob(x.flatten(1))
+    assert torch.equal(nats, model.log_prob(x))
+    other = x.clone()
+    other[:, 4, 0] = (other[:, 4, 0] + 1) % 64
+    for before, after in zip(features, model.features(other), strict=True):
+        assert torch.equal(before[:, :33], after[:, :33])
+        assert not torch.equal(before[:, 33:], after[:, 33:])
+
+
+def test_gradients_by_hand_are_those_of_autograd() -> None:
+    """In float64, against the plain expressions."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
+    norm = RMSNorm(8, 1e-5).double()
+    with torch.no_grad():
+        norm.weight.normal_()
+    angle = torch.rand(3, 1, 4, dtype=torch.float64)
+    cos, sin = angle.cos(), angle.sin()
+    rope = torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)])
+    heads = torch.randn(2, 3, 5, 8, dtype=torch.float64, requires_grad=True)
+
+    def plain_rotation(x: torch.Tensor) -> torch.Tensor:
+        a, b = x.chunk(2, -1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+    def plain_swiglu(x: torch.Tensor) -> torch.Tensor:
+        gate, up = x.chunk(2, -1)
+        return F.silu(gate) * up
+
+    pairs: list[tuple[Any, Any, list[torch.Tensor]]] = [
+        (norm(x), F.rms_norm(x, (8,), norm.weight, 1e-5), [x, norm.weight]),
+        (rotate(heads, rope), plain_rotation(heads), [heads]),
+        (swiglu(x), plain_swiglu(x), [x]),
+    ]
+    for ours, theirs, inputs in pairs:
+        assert torch.allclose(ours, theirs, atol=1e-12)
+        direction = torch.randn_like(ours)
+        for a, b in zip(
+            torch.autograd.grad(ours, inputs, direction),
+            torch.autograd.grad(theirs, inputs, direction),
+            strict=True,
+        ):
+            assert torch.allclose(a, b, atol=1e-12)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_attention_written_out_is_attention(kv_heads: int) -> None:
+    torch.manual_seed(0)
+    q = torch.randn(2, 4, 6, 8)
+    k, v = torch.randn(2, 2, kv_heads, 6, 8).unbind()
+    mask = torch.ones(6, 6, dtype=torch.bool).tril()
+    bias = torch.zeros(1, 1, 6, 6).masked_fill(~mask, -torch.inf)
+    wanted = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=kv_heads != 4)
+    assert torch.allclose(written_out_attention(q, k, v, bias, 0.0), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("preset", FAMILIES)
+def test_bf16_training_follows_float32(preset: str) -> None:
+    model = _decoder(preset, **FAMILIES[preset]).train()
+    x = torch.randint(256, (4, 16))
+    documents = torch.arange(16).div(6, rounding_mode="floor").expand(4, -1)
+    wanted = model(x, documents=documents)
+    expected = torch.autograd.grad(-wanted.mean(), model.blocks[0].attention.qkv.weight)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(x, documents=documents)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, wanted, atol=0.1)
+    gradient = torch.autograd.grad(-found.mean(), model.blocks[0].attention.qkv.weight)[0]
+    assert float(F.cosine_similarity(gradient.flatten(), expected.flatten(), dim=0)) > 0.99
+
+
+PARAMETERS = {
+    # As published, in millions: Radford et al. 2019 table 2 (corrected in its repository),
+    # Touvron et al. 2023 a and b, Dubey et al. 2024, Jiang et al. 2023, Almazrouei et al. 2023,
+    # Chen et al. 2020 section 3, Esser et al. 2021 table 8.
+    "gpt2": 124,
+    "gpt2-medium": 355,
+    "gpt2-large": 774,
+    "gpt2-xl": 1558,
+    "gpt3-175b": 175_000,
+    "llama-7b": 6_700,
+    "llama-13b": 13_000,
+    "llama-33b": 32_500,
+    "llama-65b": 65_200,
+    "llama2-70b": 69_000,
+    "llama3-8b": 8_030,
+    "llama3-70b": 70_600,
+    "llama3.1-405b": 406_000,
+    "llama3.2-1b": 1_236,
+    "llama3.2-3b": 3_213,
+    "mistral-7b": 7_242,
+    "falcon-7b": 6_922,
+    "falcon-40b": 41_300,
+    "imagegpt-small": 76,
+    "imagegpt-medium": 455,
+    "imagegpt-large": 1_362,
+    "vqgan-transformer": 1_400,
+}
+
+
+@pytest.mark.parametrize("preset", PARAMETERS)
+def test_published_shapes_have_their_number_of_parameters(preset: str) -> None:
+    with torch.device("meta"):
+        model = build(preset)
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    assert millions == pytest.approx(PARAMETERS[preset], rel=0.012)
+
+
+def test_every_preset_is_a_config() -> None:
+    for name, settings in PRESETS.items():
+        config = resolve(name)
+        assert config.family == settings["family"]
+        assert resolve(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"layer": 3}, "unknown key 'layer'; did you mean 'layers'"),
+        ({"heads": 3}, r"width \(16\) is no multiple of heads \(3\)"),
+        ({"kv_heads": 3}, r"heads \(2\) is no multiple of kv_heads \(3\)"),
+        ({"event_shape": (3, 3), "context": 16}, "holds 9 elements, context is 16"),
+        ({"ordering": "hilbert"}, "needs a grid"),
+        ({"bos": 256}, "bos is 256: vocabulary_size is 256"),
+        ({"bos": 1, "classes": 2}, "one start symbol"),
+        ({"class_dropout": 0.1}, "no classes"),
+        ({"head": {"kind": "gaussian"}}, "vocabulary_size is 256"),
+        ({"head": {"kind": "gausian"}}, "'gaussian'"),
+        ({"vocabulary_size": None}, "needs at least 2 values"),
+        ({"width": "wide"}, "'width'"),
+        ({"rope_scaling": {"factor": 2.0}}, "position is 'learned'"),
+        ({"family": "llama"}, "preset is of family 'gpt2'"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_in_one_line(
+    changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words) as raised:
+        resolve({"preset": "gpt2-debug", **{**SMALL, **changes}})
+    assert "\n" not in str(raised.value)
+    assert "default factory" not in str(raised.value)
+
+
+def test_unknown_names_are_answered_with_the_nearest() -> None:
+    with pytest.raises(ValueError, match="did you mean 'llama-debug'"):
+        resolve("lama-debug")
+    with pytest.raises(ValueError, match="did you mean 'mistral'"):
+        resolve({"family": "mistrall"})
+    with pytest.raises(ValueError, match="'family' or 'preset' is missing"):
+        resolve({"layers": 2})
+
+
+def test_a_seed_decides_the_weights_and_nothing_else() -> None:
+    torch.manual_seed(4)
+    before = torch.random.get_rng_state()
+    first, second = (build("gpt2-debug", seed=1, **SMALL) for _ in range(2))
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True)
+    )
