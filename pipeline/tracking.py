@@ -97,6 +97,8 @@ class Tracker:
         self._metrics: list[tuple[str, float, int, int]] = []
         self._others: list[tuple[str, Any]] = []
         self._last_step: dict[str, int] = {}
+        self._known: dict[str, str] = {}
+        """Parameters that the store has; MLflow refuses another value of one."""
         self._store: Any = None
         self._warned = False
         self._status: str | None = None
@@ -175,9 +177,19 @@ class Tracker:
         while self._others:
             kind, value = self._others[0]
             if kind == "parameters":
-                params = [Param(key, str(item)[:6000]) for key, item in value.items()]
+                written = {key: str(item)[:6000] for key, item in value.items()}
+                params = [Param(*item) for item in written.items() if item[0] not in self._known]
+                # a resumed stage with other processes or workers: what it has now is a tag
+                changed = [
+                    RunTag(f"now.{key}", item)
+                    for key, item in written.items()
+                    if self._known.get(key, item) != item
+                ]
                 for i in range(0, len(params), 100):
                     self._store.log_batch(self.run_id, params=params[i : i + 100])
+                if changed:
+                    self._store.log_batch(self.run_id, tags=changed)
+                self._known = written | self._known
             elif kind == "tags":
                 tags = [RunTag(key, item) for key, item in value.items()]
                 self._store.log_batch(self.run_id, tags=tags)
@@ -219,6 +231,7 @@ class Tracker:
                 for key in data.metrics:
                     history = store.get_metric_history(self.run_id, key)
                     self._last_step[key] = max(metric.step for metric in history)
+                self._known = dict(data.params)
                 store.update_run(self.run_id, status="RUNNING")
                 return self.run_id
         tags = {"mlflow.runName": self._name, **self._tags}

@@ -31,6 +31,7 @@ def test_a_resumed_run_repeats_no_step(runs: Path, tmp_path: Path) -> None:
     assert given == [first.run_id]
 
     again = Tracker(runs, "digits", "decoder", run_id=first.run_id)
+    again.parameters({"width": 256, "depth": 2})  # MLflow refuses to change a parameter
     for step in range(4, 9):  # the checkpoint was at step 3
         again.metrics(step, {"loss": 1 / step})
     again.finish("FINISHED")
@@ -41,6 +42,8 @@ def test_a_resumed_run_repeats_no_step(runs: Path, tmp_path: Path) -> None:
     run = store.get_run(first.run_id)
     assert run.info.status == "FINISHED"
     assert run.data.params["width"] == "128"
+    assert run.data.params["depth"] == "2"
+    assert run.data.tags["now.width"] == "256"
     assert run.data.tags["mlflow.parentRunId"] == "parent"
     assert [file.path for file in store.list_artifacts(first.run_id)] == ["sheet.png"]
     assert store.get_run(parent.run_id).info.status == "KILLED"
