@@ -8,105 +8,45 @@ Any number of ranks work side by side, each on zarr shards of its own. Sample i 
 """
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field, field_validator
+from PIL import Image
 
-from chainrule.pipeline.artifact import Artifact, sha256_file
-from chainrule.pipeline.config import digest, nearest, result_settings, runtime
-from chainrule.pipeline.data.vocabulary import Vocabulary
-from chainrule.pipeline.models.contract import Autoregressive
-from chainrule.pipeline.sampling.filters import Filters, Guidance
+from chainrule.pipeline.artifact import Artifact, require_same, sha256_file
+from chainrule.pipeline.config import digest, result_settings
+from chainrule.pipeline.sampling.drafts import Draft, ModelDraftSettings, make_draft
 from chainrule.pipeline.sampling.pictures import (
     contact_sheet,
     save_picture,
     save_wav,
     sheet_rows,
 )
-from chainrule.pipeline.sampling.sampler import (
-    Drawn,
-    Plan,
-    Rules,
-    SamplingError,
-    draw,
-    pack_prompts,
+from chainrule.pipeline.sampling.request import (
+    Beginning,
+    Config,
+    Request,
+    Source,
+    settle,
+    vocabulary_size,
 )
+from chainrule.pipeline.sampling.sampler import Drawn, SamplingError, draw
+from chainrule.pipeline.sampling.speculative import Statistics, speculate
 from chainrule.pipeline.sampling.store import Layout, Store
-from chainrule.pipeline.sampling.text import StopStrings, cut_at
+from chainrule.pipeline.sampling.text import cut_at
 from chainrule.pipeline.sampling.uniforms import sample_seeds
 from chainrule.pipeline.stage import Input, Stage
 
-INPUTS = {"model": Input(("handoff",))}
+__all__ = ["INPUTS", "Config", "main", "open_source", "sample_folder", "settle"]
 
-
-class Config(Filters):
-    """Which samples, and how they are drawn."""
-
-    number: int = Field(8, ge=1, description="how many samples")
-    classes: list[int | str] | None = Field(
-        None,
-        min_length=1,
-        description="asked for in turn, by number or name; default: every class of the model",
-    )
-    prompts: list[str | list[int]] | None = Field(
-        None, min_length=1, description="continued in turn: texts, or lists of token ids"
-    )
-    length: int | None = Field(
-        None, ge=1, description="elements drawn after the prompt; default: as many as fit"
-    )
-    stop: list[str] = Field([], description="strings that end a text; they are left out of it")
-    end_at: list[str] = Field(
-        ["eos"], description="special tokens that end a sample, where the model has them"
-    )
-    guidance: Guidance = Guidance()
-    seed: int = Field(0, ge=0)
-    samples_per_shard: int = Field(1000, ge=1, description="rows of one zarr shard")
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    batch_size: int = runtime(50, ge=1, description="samples drawn together")
-    device: str = runtime("auto", description="auto, cpu, cuda, cuda:1, …")
-    patience_s: float = runtime(
-        3600.0, gt=0, description="how long rank 0 waits for other ranks to finish a shard"
-    )
-
-    @field_validator("guidance", mode="before")
-    @classmethod
-    def _scale_alone(cls, value: Any) -> Any:
-        return {"scale": value} if isinstance(value, int | float) else value
-
-    @field_validator("stop")
-    @classmethod
-    def _stop_strings_say_something(cls, value: list[str]) -> list[str]:
-        if "" in value:
-            raise ValueError("an empty stop string would end every sample at once")
-        return value
-
-    @property
-    def filters(self) -> Filters:
-        return Filters(**{name: getattr(self, name) for name in Filters.model_fields})
-
-
-@dataclass
-class Source:
-    """A model folder, opened: what the samples are drawn with."""
-
-    model: Autoregressive
-    card: dict[str, Any]
-    tokenizer: Any
-    """None for a model of raw elements."""
-    device: torch.device
-
-    @property
-    def modality(self) -> str | None:
-        return self.card.get("modality")
-
-    @property
-    def elements(self) -> int:
-        return torch.Size(self.model.event_shape).numel()
+INPUTS = {
+    "model": Input(("handoff",)),
+    "draft": Input(("distill", "handoff"), optional=True),
+    "tokens": Input(("pretokenize",), optional=True),
+}
 
 
 def open_source(folder: Path, device: str = "auto", dtype: str = "float32") -> Source:
@@ -144,148 +84,34 @@ def _best_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@dataclass
-class Request:
-    """The settings, settled against a model: what each sample is asked to be."""
-
-    config: Config
-    rules: Rules
-    classes: list[int] | None
-    """Asked for in turn."""
-    prompts: list[list[int]]
-    length: int
-    """Elements after the prompt."""
-
-    def plan(self, indices: Sequence[int]) -> Plan:
-        prompts = [self.prompts[i % len(self.prompts)] for i in indices]
-        known, given = pack_prompts(prompts)
-        cond = None
-        if self.classes is not None:
-            cond = torch.tensor([self.classes[i % len(self.classes)] for i in indices])
-        return Plan(
-            seeds=sample_seeds(self.config.seed, np.asarray(indices)),
-            lengths=np.array([len(prompt) + self.length for prompt in prompts]),
-            cond=cond,
-            known=known if known.shape[1] else None,
-            given=given if known.shape[1] else None,
-        )
-
-    @property
-    def columns(self) -> int:
-        return max(len(prompt) for prompt in self.prompts) + self.length
-
-
-def settle(config: Config, source: Source) -> Request:
-    """Compare the settings with the model; SamplingError names what it cannot do."""
-    card = source.card
-    classes = _classes(config, card)
-    if config.guidance.scale != 1 and classes is None:
-        raise SamplingError("guidance: the model has no classes; leave guidance at 1")
-    prompts = [_prompt(p, source) for p in config.prompts or [[]]]
-    longest = max(len(prompt) for prompt in prompts)
-    length = config.length if config.length is not None else source.elements - longest
-    if length < 1 or longest + length > source.elements:
-        raise SamplingError(
-            f"length: a prompt of {longest} tokens and {max(length, 1)} more are asked of a model "
-            f"of {source.elements} elements; shorten one of them"
-        )
-    if source.modality == "image" and longest + length != source.elements:
-        raise SamplingError(
-            f"length: a picture of this model has {source.elements} elements, "
-            f"{longest + length} are asked for; leave `length` out"
-        )
-    end: tuple[int, ...] = ()
-    allowed = None
-    if card.get("vocabulary"):
-        vocabulary = Vocabulary.model_validate(card["vocabulary"])
-        end = tuple(
-            vocabulary.specials[name] for name in config.end_at if name in vocabulary.specials
-        )
-        allowed = _allowed(vocabulary, source, end)
-    finished = None
-    if config.stop:
-        if source.modality != "text" or source.tokenizer is None:
-            raise SamplingError("stop: stop strings are for text models; leave `stop` out")
-        finished = StopStrings(source.tokenizer, config.stop)
-    rules = Rules(config.filters, config.guidance, allowed, end, finished)
-    return Request(config, rules, classes, prompts, length)
-
-
-def _classes(config: Config, card: Mapping[str, Any]) -> list[int] | None:
-    names = card.get("classes")
-    if not names:
-        if config.classes is not None:
-            raise SamplingError("classes: the model was trained without classes; leave them out")
-        return None
-    if config.classes is None:
-        return list(range(len(names)))
-    chosen = []
-    for given in config.classes:
-        if isinstance(given, str):
-            if given not in names:
-                raise SamplingError(f"classes: no class '{given}'{nearest(given, list(names))}")
-            chosen.append(names.index(given))
-        elif 0 <= given < len(names):
-            chosen.append(given)
-        else:
-            raise SamplingError(
-                f"classes: no class {given}; the model has {len(names)}, 0 to {len(names) - 1}"
-            )
-    return chosen
-
-
-def _prompt(prompt: str | list[int], source: Source) -> list[int]:
-    vocabulary = source.card.get("vocabulary")
-    if isinstance(prompt, str):
-        if source.modality != "text" or source.tokenizer is None:
-            raise SamplingError(
-                f"prompts: {prompt!r} is text and the model is not one of text; "
-                "give token ids, or leave prompts out"
-            )
-        return [int(token) for token in source.tokenizer.encode([prompt])[0]]
-    ranges = vocabulary["ranges"] if vocabulary else {}
-    for token in prompt:
-        if ranges and not any(start <= token < stop for start, stop in ranges.values()):
-            spans = ", ".join(f"{name} [{a}, {b})" for name, (a, b) in ranges.items())
-            raise SamplingError(f"prompts: token {token} lies outside the model's ranges: {spans}")
-    return prompt
-
-
-def _allowed(vocabulary: Vocabulary, source: Source, end: Sequence[int]) -> torch.Tensor | None:
-    """Tokens that belong in a sample: the modality's range and the end tokens."""
-    if source.modality not in vocabulary.ranges:
-        return None
-    start, stop = vocabulary.ranges[source.modality]
-    if start == 0 and stop == vocabulary.size:
-        return None
-    allowed = torch.zeros(vocabulary.size, dtype=torch.bool)
-    allowed[start:stop] = True
-    allowed[list(end)] = True
-    return allowed
-
-
 # --- drawing -----------------------------------------------------------------------------
 
 
 def main(config: Config, stage: Stage) -> None:
-    folder = stage.input("model").folder
-    source = open_source(folder, config.device, config.dtype)
-    request = settle(config, source)
+    source = open_source(stage.input("model").folder, config.device, config.dtype)
+    tokens = stage.optional("tokens")
+    request = settle(config, source, beginnings(config, source, tokens) if tokens else None)
+    draft = open_draft(config, source, stage.optional("draft"))
+    settings = result_settings(config)
+    for role in ("draft", "tokens"):
+        given = stage.optional(role)
+        if given is not None:
+            settings[f"input {role}"] = _identity(given)
     store = Store.start(
         stage.folder,
         model=source.card["fingerprint"],
-        settings=result_settings(config),
+        settings=settings,
         number=config.number,
         samples_per_shard=min(config.samples_per_shard, config.number),
         arrays=layouts(request, source),
     )
     shards = store.mine(stage.rank, stage.world_size)
-    began, elements = time.monotonic(), 0
+    began, elements, statistics = time.monotonic(), 0, Statistics()
     with stage.progress(sum(len(store.rows(s)) for s in shards), "samples") as progress:
         for shard in shards:
             batches = []
             for indices in _batches(store.rows(shard), config.batch_size):
-                drawn = draw_block(request, source, indices, config.batch_size)
+                drawn = draw_block(request, source, draft, indices, statistics)
                 elements += int(drawn.lengths.sum())
                 batches.append(drawn)
                 progress.update(len(indices))
@@ -305,6 +131,69 @@ def main(config: Config, stage: Stage) -> None:
     stage.summary["nats_per_element"] = float(-log_likelihood.sum() / store.read("length").sum())
     if elements:
         stage.summary["elements_per_second"] = elements / seconds
+    if statistics.tested:
+        stage.summary["acceptance"] = statistics.acceptance
+
+
+def _identity(given: Artifact) -> str:
+    """What tells an input from others: its stage's fingerprint, or a bare folder's own."""
+    if given.fingerprint:
+        return given.fingerprint
+    card = given.folder / "card.json"
+    return str(given.card["fingerprint"]) if card.is_file() else digest(given.index)
+
+
+def open_draft(config: Config, source: Source, given: Artifact | None) -> Draft | None:
+    """What drafts, if anything; a draft of another tokenizer's tokens is refused."""
+    from chainrule.pipeline import load
+
+    settings = config.draft
+    if given is None and settings is None:
+        return None
+    model = None
+    if given is not None:
+        settings = settings or ModelDraftSettings()
+        if not isinstance(settings, ModelDraftSettings):
+            raise SamplingError(f"draft: kind '{settings.kind}' takes no model; drop the input")
+        ours, theirs = source.card.get("tokenizer"), given.card.get("tokenizer")
+        if ours and theirs:
+            require_same(
+                "tokenizers of model and draft",
+                ours["fingerprint"],
+                "the model",
+                theirs["fingerprint"],
+                str(given.folder),
+            )
+        model = load(given.folder, str(source.device), getattr(torch, config.dtype)).eval()
+    assert settings is not None
+    return make_draft(settings, source.model, model)
+
+
+def beginnings(config: Config, source: Source, tokens: Artifact) -> list[Beginning] | None:
+    """The first samples of the validation split, in the model's order of generation."""
+    from chainrule.pipeline.data.tokens import TokenSet
+
+    if config.complete is None:
+        raise SamplingError("tokens: the input is for `complete`; set it, or drop the input")
+    found = TokenSet.open(tokens.folder, "validation")
+    if source.card.get("tokenizer"):
+        require_same(
+            "tokens and model",
+            source.card["tokenizer"]["fingerprint"],
+            "the model's tokenizer",
+            found.tokenizer_fingerprint,
+            str(tokens.folder),
+        )
+    begun = []
+    for i in range(min(config.complete.of, len(found))):
+        ids, meta = found[i]
+        x = torch.from_numpy(ids.astype(np.int64)).reshape(1, -1)[:, : source.elements]
+        if x.shape[1] == source.elements:
+            x = source.model.to_sequence(x.reshape(1, *source.model.event_shape))
+        begun.append(Beginning(x[0].numpy(), meta.get("label")))
+    if not begun:
+        raise SamplingError(f"{tokens.folder}: no validation samples to complete")
+    return begun
 
 
 def sample_folder(model_folder: Path, out_folder: Path, config: Config) -> Path:
@@ -325,16 +214,27 @@ def _batches(rows: range, size: int) -> list[range]:
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
-def draw_block(request: Request, source: Source, indices: range, size: int) -> Drawn:
-    """Samples of `indices`, drawn as a batch of exactly `size` rows where the run has so many.
+def draw_block(
+    request: Request,
+    source: Source,
+    draft: Draft | None,
+    indices: range,
+    statistics: Statistics,
+) -> Drawn:
+    """Samples of `indices`, drawn as a batch of exactly `batch_size` rows where the run has them.
 
     Kernels round alike only for like shapes. The last batch of a shard is therefore filled up
     (with samples that are thrown away), so that neither ranks nor resuming change a bit.
     """
+    config = request.config
+    rows = min(config.batch_size, config.number, config.samples_per_shard)
     wanted = list(indices)
-    rows = min(size, request.config.number, request.config.samples_per_shard)
-    filled = wanted + [wanted[-1]] * (rows - len(wanted))
-    drawn = draw(source.model, request.plan(filled), request.rules)
+    plan = request.plan(wanted + [wanted[-1]] * (rows - len(wanted)))
+    if draft is None:
+        drawn = draw(source.model, plan, request.rules)
+    else:
+        drawn, found = speculate(source.model, draft, plan, request.rules, config.gamma)
+        statistics.join(found)
     n = len(wanted)
     return Drawn(drawn.x[:n], drawn.lengths[:n], drawn.log_likelihood[:n])
 
@@ -362,13 +262,6 @@ def layouts(request: Request, source: Source) -> dict[str, Layout]:
             decoded.shape, str(decoded.dtype)
         )
     return arrays
-
-
-def vocabulary_size(source: Source) -> int | None:
-    """Values of an element; None for real numbers."""
-    if source.card.get("vocabulary"):
-        return Vocabulary.model_validate(source.card["vocabulary"]).size
-    return getattr(source.model.config, "vocabulary_size", None)
 
 
 def token_shape(request: Request, source: Source) -> tuple[int, ...]:
@@ -420,12 +313,8 @@ def shard_arrays(
 def show(request: Request, source: Source, store: Store, stage: Stage) -> None:
     """Pictures, texts and sound files of a finished store."""
     if "images" in store.arrays:
-        names = None
-        if request.classes is not None:
-            names = [str(source.card["classes"][c]) for c in store.read("class")]
         path = stage.folder / "sheet.png"
-        images = store.read("images")
-        save_picture(contact_sheet(images, sheet_rows(len(images), names)), path)
+        save_picture(sheet(request, source, store), path)
         stage.picture(path)
     elif "audio" in store.arrays:
         (stage.folder / "audio").mkdir(exist_ok=True)
@@ -437,6 +326,23 @@ def show(request: Request, source: Source, store: Store, stage: Stage) -> None:
         for i, text in enumerate(texts(request, source, store)):
             path = stage.folder / "text" / f"{i:05d}.txt"
             path.write_text(text, encoding="utf-8", newline="")
+
+
+def sheet(request: Request, source: Source, store: Store) -> Image.Image:
+    """A row a class, or, of completed pictures, the real one and then what was made of it."""
+    images = store.read("images")
+    if request.begun is None:
+        names = None
+        if request.classes is not None:
+            names = [str(source.card["classes"][c]) for c in store.read("class")]
+        return contact_sheet(images, sheet_rows(len(images), names))
+    sequences = torch.from_numpy(np.stack([b.tokens for b in request.begun]))
+    real = source.model.to_event(sequences).reshape(len(sequences), *store.arrays["tokens"].shape)
+    pictures = np.stack(source.tokenizer.decode(list(real.numpy())))
+    count = len(pictures)
+    made = [range(count + k, count + len(images), count) for k in range(count)]
+    rows = [("real, completed", [k, *made[k]]) for k in range(count)]
+    return contact_sheet(np.concatenate([pictures, images]), rows)
 
 
 def texts(request: Request, source: Source, store: Store) -> list[str]:

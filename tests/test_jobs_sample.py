@@ -178,7 +178,7 @@ def test_started_again_it_fills_what_is_missing(
     drawn = []
     block = sample.draw_block
     monkeypatch.setattr(
-        sample, "draw_block", lambda *args: (drawn.append(args[2]), block(*args))[1]
+        sample, "draw_block", lambda *args: (drawn.append(args[3]), block(*args))[1]
     )
     sample_folder(pictures, tmp_path / "cut", config)
     assert drawn == [range(15, 20), range(20, 25)]
@@ -383,3 +383,78 @@ def test_an_opened_source_is_ready_to_draw(pictures: Path) -> None:
     source = open_source(pictures, "cpu")
     assert not source.model.training
     assert source.elements == 16
+
+
+@pytest.mark.parametrize(
+    "draft", [{"kind": "ngram"}, {"kind": "layers", "layers": 1}, {"kind": "model"}]
+)
+def test_a_draft_changes_nothing_of_a_greedy_sample(
+    draft: dict[str, Any], text: Path, tmp_path: Path
+) -> None:
+    deep = build({"family": "llama", "vocabulary_size": 258, "context": 60, **TINY, "layers": 3})
+    model = hand_off(tmp_path / "model", deep, ByteTokenizer())
+    settings: dict[str, Any] = {
+        "number": 5,
+        "prompts": ["def ", "x"],
+        "temperature": 0,
+        "batch_size": 3,
+        "stop": ["ab"],
+    }
+    plain = sample_folder(model, tmp_path / "plain", Config(**settings))
+    stage = stage_for(tmp_path / "drafted", model)
+    if draft["kind"] == "model":
+        stage.inputs["draft"] = [Artifact.bare(text)]  # type: ignore[index]
+    main(Config(**settings, draft=draft), stage)
+    assert "acceptance" in stage.summary
+    for name in ("tokens", "length"):
+        np.testing.assert_array_equal(
+            Store.open(tmp_path / "drafted").read(name), Store.open(plain).read(name)
+        )
+
+
+def test_drafts_that_cannot_be_are_refused(text: Path, pictures: Path, tmp_path: Path) -> None:
+    with pytest.raises(SamplingError, match="takes a draft model"):
+        sample_folder(text, tmp_path / "a", Config(draft={"kind": "model"}))
+    with pytest.raises(SamplingError, match="draft: layers is 1"):
+        sample_folder(text, tmp_path / "b", Config(draft={"kind": "layers", "layers": 1}))
+    stage = stage_for(tmp_path / "c", text)
+    stage.inputs["draft"] = [Artifact.bare(pictures)]  # type: ignore[index]
+    with pytest.raises(LineageError, match="tokenizers of model and draft"):
+        main(Config(), stage)
+
+
+def test_real_pictures_are_completed(pictures: Path, tmp_path: Path) -> None:
+    from chainrule.pipeline.data.shards import ShardWriter, finish, key_of
+
+    tokens, tokenizer = tmp_path / "tokens", PixelTokenizer(sample_levels(16))
+    tokens.mkdir()
+    rng = np.random.default_rng(0)
+    grids = rng.integers(0, 16, (6, 4, 4)).astype(np.uint8)
+    for number, split in enumerate(("train", "validation")):
+        with ShardWriter(tokens, number, split) as shard:
+            for i, grid in enumerate(grids[3 * number : 3 * number + 3]):
+                members = {"tokens.npy": grid, "json": {"label": i, "class": NAMES[i]}}
+                shard.write(key_of(3 * number + i), members, tokens=16)
+    finish(
+        tokens,
+        kind="tokens",
+        modality="image",
+        shards=2,
+        classes=NAMES,
+        vocabulary=tokenizer.vocabulary,
+        tokenizer={"fingerprint": tokenizer.fingerprint, "kind": "pixels"},
+        grid=[4, 4],
+        source="0" * 64,
+    )
+    stage = stage_for(tmp_path / "out", pictures)
+    stage.inputs["tokens"] = [Artifact.bare(tokens)]  # type: ignore[index]
+    main(Config(number=6, complete={"share": 0.5, "of": 2}), stage)
+    store = Store.open(tmp_path / "out")
+    made = store.read("tokens").reshape(6, 16)
+    np.testing.assert_array_equal(made[:, :8], grids[[3, 4] * 3].reshape(6, 16)[:, :8])
+    assert len(np.unique(made[::2, 8:], axis=0)) == 3
+    assert store.read("class").tolist() == [0, 1] * 3
+    with Image.open(tmp_path / "out/sheet.png") as sheet:
+        assert sheet.size[1] == 4 + 2 * 68
+    with pytest.raises(SamplingError, match="takes a pretokenize artifact"):
+        sample_folder(pictures, tmp_path / "none", Config(complete={"share": 0.5}))

@@ -13,11 +13,14 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from chainrule.pipeline.config import Settings
 from chainrule.pipeline.models.contract import Autoregressive
 from chainrule.pipeline.sampling.filters import invert
 from chainrule.pipeline.sampling.rows import Rows, open_rows
@@ -183,6 +186,56 @@ class NgramDraft(Draft):
                 number, at = self.corpus[context]
                 return list(self.texts[number][at : at + n])
         return []
+
+
+class ModelDraftSettings(Settings):
+    """The model of the stage's `draft` input."""
+
+    kind: Literal["model"] = "model"
+
+
+class LayersDraftSettings(Settings):
+    """The model's own first layers."""
+
+    kind: Literal["layers"] = "layers"
+    layers: int = Field(ge=1)
+
+
+class NgramDraftSettings(Settings):
+    """What followed the same last elements before."""
+
+    kind: Literal["ngram"] = "ngram"
+    longest: int = Field(4, ge=1)
+    shortest: int = Field(1, ge=1)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> "NgramDraftSettings":
+        if self.shortest > self.longest:
+            raise ValueError(f"shortest ({self.shortest}) is more than longest ({self.longest})")
+        return self
+
+
+DraftSettings = Annotated[
+    ModelDraftSettings | LayersDraftSettings | NgramDraftSettings, Field(discriminator="kind")
+]
+
+
+def make_draft(
+    settings: ModelDraftSettings | LayersDraftSettings | NgramDraftSettings,
+    model: Autoregressive,
+    given: Autoregressive | None,
+) -> Draft:
+    """The draft that settings ask for; `given` is the model of the `draft` input."""
+    if isinstance(settings, NgramDraftSettings):
+        return NgramDraft(settings.longest, settings.shortest)
+    if isinstance(settings, LayersDraftSettings):
+        try:
+            return ModelDraft(first_layers(model, settings.layers))
+        except ValueError as error:
+            raise SamplingError(f"draft: {error}") from None
+    if given is None:
+        raise SamplingError("draft: kind 'model' takes a draft model as the input `draft`")
+    return ModelDraft(given)
 
 
 def first_layers(model: Autoregressive, layers: int) -> Autoregressive:

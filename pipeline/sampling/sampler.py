@@ -220,7 +220,10 @@ class DiscreteDraws:
 
     def at(self, position: int, conditional: Conditional) -> Tensor:
         """An element of each row, (B,) int64; guided, `conditional` is of both halves, (2B,)."""
-        return invert(self.distribution(position, conditional), self.u[:, position])
+        log_probs = self.distribution(position, conditional)
+        if self.rules.filters.temperature == 0:
+            return log_probs.argmax(dim=-1)
+        return invert(log_probs, self.u[:, position])
 
     def distribution(self, position: int, conditional: Conditional) -> Tensor:
         """What is drawn from, as normalised log-probabilities (B, V)."""

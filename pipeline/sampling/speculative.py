@@ -77,6 +77,14 @@ class Statistics:
         self.drawn += drawn
         self.windows.append(drafted)
 
+    def join(self, other: "Statistics") -> None:
+        """Add what another batch's speculation did."""
+        self.rounds += other.rounds
+        self.tested += other.tested
+        self.accepted += other.accepted
+        self.drawn += other.drawn
+        self.windows += other.windows
+
     @property
     def acceptance(self) -> float:
         """alpha: the share of tested elements that was kept."""
@@ -135,8 +143,6 @@ def speculate(
     Raises SamplingError for elements given elsewhere than at the beginning, and for densities.
     """
     check(model, plan, rules)
-    if rules.finished is not None:
-        raise SamplingError("stop strings: decode without a draft, or cut the text afterwards")
     run = _Run(model, draft, plan, rules, gamma)
     run.read_prompts()
     while run.alive.any():
@@ -193,9 +199,11 @@ class _Run:
                 self.log_likelihood[row] = float(given[row])
             else:
                 self.log_likelihood[row] = float(own[row])
-                self.settled[row].append(int(x[row]))
+                found = [int(x[row])]
+                self._until(row, found)
+                self.settled[row].extend(found)
                 self.statistics.drawn += 1
-                self._end(row)
+                self._end_if_full(row)
         self.model: Rows = open_rows(model, rows, cond)
         draft.open(
             plan.seeds,
@@ -240,8 +248,7 @@ class _Run:
         for row in np.flatnonzero(self.alive):
             drafted = proposal.tokens[row]
             found = [*drafted[: kept[row]], following[row]]
-            end = next((i + 1 for i, t in enumerate(found) if t in self.rules.end), len(found))
-            found = found[:end]
+            found = found[: self._until(int(row), found)]
             self.log_likelihood[row] += nats[row, : len(found)].sum()
             self.settled[row].extend(found)
             refused = kept[row] < len(drafted)
@@ -249,7 +256,7 @@ class _Run:
             self.statistics.add(len(drafted), kept[row], refused, len(found))
             # Fed: everything but the last settled element.
             forget[row] = len(self.model.fed[row]) - (len(self.settled[row]) - 1)
-            self._end(int(row))
+            self._end_if_full(int(row))
         self.model.rewind(forget * 2 if self.guided else forget)
 
     @staticmethod
@@ -335,10 +342,21 @@ class _Run:
     def _feed(self, new: Sequence[Sequence[int]]) -> Tensor:
         return self.model.feed([*new, *new] if self.guided else new)
 
-    def _end(self, row: int) -> None:
-        tokens = self.settled[row]
-        drawn_any = len(tokens) > self.prompt_lengths[row]
-        if len(tokens) >= self.lengths[row] or (drawn_any and tokens[-1] in self.rules.end):
+    def _until(self, row: int, found: Sequence[int]) -> int:
+        """How many of a row's new elements belong to it: up to the first that ends it."""
+        drawn = self.settled[row][self.prompt_lengths[row] :]
+        for i, token in enumerate(found):
+            drawn.append(token)
+            ended = token in self.rules.end
+            if self.rules.finished is not None:
+                ended = ended or self.rules.finished(row, drawn)
+            if ended:
+                self.alive[row] = False
+                return i + 1
+        return len(found)
+
+    def _end_if_full(self, row: int) -> None:
+        if len(self.settled[row]) >= self.lengths[row]:
             self.alive[row] = False
 
     def result(self) -> Drawn:

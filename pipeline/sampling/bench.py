@@ -1,0 +1,261 @@
+"""How fast decoding is, as ratios within one run: `chainrule bench decode`, `bench speculative`.
+
+    decode        this sampler against `transformers`' generate with its cache, equal weights,
+                  and the share of the memory-bandwidth bound that each reaches
+    speculative   acceptance, cost of the draft, the formula's speed-up and the measured one
+
+Contestants take turns, round after round, and medians are compared: on a shared machine absolute
+times drift, ratios of neighbours hold. One token at batch 1 reads every weight once (embedding
+rows apart), so bandwidth / bytes of weights bounds the tokens a second.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from chainrule.pipeline.models.contract import Autoregressive
+from chainrule.pipeline.models.registry import build
+from chainrule.pipeline.sampling.drafts import Draft, ModelDraft
+from chainrule.pipeline.sampling.filters import Filters
+from chainrule.pipeline.sampling.sampler import Plan, Rules, draw, pack_prompts
+from chainrule.pipeline.sampling.speculative import Gamma, Statistics, expected_speedup, speculate
+from chainrule.pipeline.sampling.uniforms import sample_seeds
+
+PROMPT = 16
+"""Tokens before those that are timed."""
+
+_SHAPE_10M = {"vocabulary_size": 512, "layers": 6, "heads": 6, "width": 384}
+_SHAPE_124M = {"vocabulary_size": 50257, "layers": 12, "heads": 12, "width": 768}
+_BOTH = {"context": 256, "bos": 0, "tied_embeddings": True}
+MODELS: dict[str, dict[str, Any]] = {
+    "gpt2-10m": {"family": "gpt2", **_SHAPE_10M, **_BOTH},  # 10,942,464
+    "llama-10m": {"family": "llama", **_SHAPE_10M, **_BOTH},  # 10,818,432
+    "gpt2-124m": {"family": "gpt2", **_SHAPE_124M, **_BOTH},  # 123,849,984
+    "llama-124m": {"family": "llama", **_SHAPE_124M, **_BOTH},  # 123,551,232
+}
+
+
+def measure_bandwidth(device: torch.device, megabytes: int = 1024) -> float:
+    """Bytes a second that a sum over a large array reads, the best of some."""
+    x = torch.ones(megabytes * 2**20 // 4, device=device)
+    best = 0.0
+    for _ in range(5):
+        began = time.perf_counter()
+        x.sum().item()
+        best = max(best, x.nbytes / (time.perf_counter() - began))
+    return best
+
+
+def weight_bytes(model: Autoregressive) -> int:
+    """Bytes read for a token: all weights but tables of which one row is looked up."""
+    total = sum(p.nbytes for p in model.parameters())
+    config = model.config
+    if getattr(config, "position", None) == "learned":
+        total -= model.positions.nbytes  # type: ignore[operator,union-attr]
+    if not getattr(config, "tied_embeddings", True):
+        total -= model.embedding.weight.nbytes  # type: ignore[operator,union-attr]
+    return total
+
+
+def _plan(model: Autoregressive, batch: int, tokens: int, seed: int = 0) -> Plan:
+    generator = torch.Generator().manual_seed(seed)
+    size = model.config.vocabulary_size
+    prompts = torch.randint(size, (batch, PROMPT), generator=generator).tolist()
+    known, given = pack_prompts(prompts)
+    return Plan(
+        sample_seeds(seed, np.arange(batch)),
+        np.full(batch, PROMPT + tokens),
+        known=known,
+        given=given,
+    )
+
+
+def take_turns(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each contestant; every one runs once before the clock starts."""
+    for run in contestants.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, run in contestants.items():
+            began = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def decode(
+    names: Sequence[str] = tuple(MODELS),
+    batches: Sequence[int] = (1, 32),
+    dtypes: Sequence[str] = ("float32",),
+    tokens: int = 64,
+    rounds: int = 3,
+    device: str = "cpu",
+) -> list[dict[str, Any]]:
+    """A row for each model, dtype and batch: greedy tokens a second, ours and theirs."""
+    where = torch.device(device)
+    bandwidth = measure_bandwidth(where)
+    rows = []
+    for name in names:
+        for dtype in dtypes:
+            model = build(MODELS[name], seed=0).to(where, getattr(torch, dtype)).eval()
+            theirs = _transformers_twin(model, where, getattr(torch, dtype))
+            for batch in batches:
+                row = _decode_row(model, theirs, batch, tokens, rounds)
+                bound = batch * bandwidth / weight_bytes(model)
+                for who in ("ours", "transformers"):
+                    if who in row:
+                        row[f"{who} of bound"] = row[who] / bound
+                parameters = sum(p.numel() for p in model.parameters())
+                rows.append(
+                    {
+                        "model": name,
+                        "parameters": parameters,
+                        "dtype": dtype,
+                        "batch": batch,
+                        "bandwidth GB/s": bandwidth / 1e9,
+                        "bound": bound,
+                        **row,
+                    }
+                )
+    return rows
+
+
+def _decode_row(
+    model: Autoregressive, theirs: Any, batch: int, tokens: int, rounds: int
+) -> dict[str, Any]:
+    plan, rules = _plan(model, batch, tokens), Rules(Filters(temperature=0))
+    contestants: dict[str, Callable[[], object]] = {"ours": lambda: draw(model, plan, rules)}
+    row: dict[str, Any] = {}
+    if theirs is not None:
+        contestants["transformers"] = lambda: _generate(theirs, plan, tokens)
+        same = draw(model, plan, rules).x == _generate(theirs, plan, tokens)
+        row["same tokens"] = float(same[:, PROMPT:].float().mean())
+    seconds = take_turns(contestants, rounds)
+    row.update({who: batch * tokens / s for who, s in seconds.items()})
+    if theirs is not None:
+        row["ratio"] = row["ours"] / row["transformers"]
+    return row
+
+
+def _transformers_twin(model: Autoregressive, device: torch.device, dtype: torch.dtype) -> Any:
+    """The same weights in `transformers`; None where it is not installed."""
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        return None
+    from chainrule.pipeline.models.transformers_format import to_transformers
+
+    with tempfile.TemporaryDirectory() as folder:
+        to_transformers(model, Path(folder))
+        twin = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return twin.to(device).eval()
+
+
+@torch.no_grad()
+def _generate(theirs: Any, plan: Plan, tokens: int) -> Tensor:
+    assert plan.known is not None
+    device = next(theirs.parameters()).device
+    bos = torch.full((plan.rows, 1), theirs.config.bos_token_id)
+    prompt = torch.cat([bos, plan.known], dim=1).to(device)
+    whole: Tensor = theirs.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        min_new_tokens=tokens,
+        max_new_tokens=tokens,
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=0,
+    )
+    return whole[:, 1:].cpu()
+
+
+def speculative(
+    model: Autoregressive,
+    drafts: dict[str, Draft],
+    prompts: Sequence[Sequence[int]],
+    rules: Rules,
+    tokens: int = 128,
+    batches: Sequence[int] = (1, 8),
+    gammas: Sequence[Gamma] = (Gamma(),),
+    rounds: int = 3,
+) -> list[dict[str, Any]]:
+    """A row for each draft, gamma and batch: acceptance, cost, expected and measured speed-up."""
+    rows = []
+    for batch in batches:
+        known, given = pack_prompts([prompts[i % len(prompts)] for i in range(batch)])
+        lengths = given.sum(dim=1).numpy() + tokens
+        plan = Plan(sample_seeds(0, np.arange(batch)), lengths, known=known, given=given)
+        for name, draft in drafts.items():
+            for gamma in gammas:
+                rows.append(
+                    {
+                        "draft": name,
+                        "gamma": f"{'up to ' if gamma.adapt else ''}{gamma.most}",
+                        "batch": batch,
+                        **_speculative_row(model, draft, plan, rules, gamma, tokens, rounds),
+                    }
+                )
+    return rows
+
+
+def _speculative_row(
+    model: Autoregressive,
+    draft: Draft,
+    plan: Plan,
+    rules: Rules,
+    gamma: Gamma,
+    tokens: int,
+    rounds: int,
+) -> dict[str, Any]:
+    found: list[Statistics] = []
+
+    def speculated() -> None:
+        found.append(speculate(model, draft, plan, rules, gamma)[1])
+
+    contestants: dict[str, Callable[[], object]] = {
+        "plain": lambda: draw(model, plan, rules),
+        "speculative": speculated,
+    }
+    if isinstance(draft, ModelDraft):
+        contestants["draft"] = lambda: draw(draft.source, plan, rules)
+    seconds = take_turns(contestants, rounds)
+    cost = seconds["draft"] / seconds["plain"] if "draft" in seconds else 0.0
+    seen = found[-1]
+    mean_gamma = statistics.fmean(seen.windows) if seen.windows else 0.0
+    return {
+        "acceptance": seen.acceptance,
+        "draft cost": cost,
+        "mean gamma": mean_gamma,
+        "tokens a call": seen.drawn / max(seen.rounds, 1),
+        "formula": expected_speedup(seen.acceptance, mean_gamma, cost),
+        "plain tokens/s": plan.rows * tokens / seconds["plain"],
+        "measured": seconds["plain"] / seconds["speculative"],
+    }
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows as text in columns, in the order of the first row's keys."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [columns, *([_shown(column, row.get(column)) for column in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        for line in cells
+    )
+
+
+def _shown(column: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        if column.endswith("of bound") or column in ("same tokens", "acceptance"):
+            return f"{value:.0%}"
+        return f"{value:.2f}" if abs(value) < 100 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

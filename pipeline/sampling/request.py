@@ -1,0 +1,257 @@
+"""What is asked for: the settings of `sample`, settled against a model.
+
+    Config (asked) + Source (a model and its tokenizer) --settle--> Request --plan--> rows
+
+Everything that a model cannot do is refused here, by name, before an element is drawn.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, field_validator
+
+from chainrule.pipeline.config import Settings, nearest, runtime
+from chainrule.pipeline.data.vocabulary import Vocabulary
+from chainrule.pipeline.models.contract import Autoregressive
+from chainrule.pipeline.sampling.drafts import DraftSettings
+from chainrule.pipeline.sampling.filters import Filters, Guidance
+from chainrule.pipeline.sampling.sampler import Plan, Rules, SamplingError, pack_prompts
+from chainrule.pipeline.sampling.speculative import Gamma
+from chainrule.pipeline.sampling.text import StopStrings
+from chainrule.pipeline.sampling.uniforms import sample_seeds
+
+
+class Completion(Settings):
+    """Pictures (or sounds, or texts) of the validation split, of which a part is given."""
+
+    share: float = Field(0.5, gt=0, lt=1, description="what is given, from the start on")
+    of: int = Field(10, ge=1, description="how many different ones, completed in turn")
+
+
+class Config(Filters):
+    """Which samples, and how they are drawn."""
+
+    number: int = Field(8, ge=1, description="how many samples")
+    classes: list[int | str] | None = Field(
+        None,
+        min_length=1,
+        description="asked for in turn, by number or name; default: every class of the model",
+    )
+    prompts: list[str | list[int]] | None = Field(
+        None, min_length=1, description="continued in turn: texts, or lists of token ids"
+    )
+    complete: Completion | None = Field(
+        None, description="complete samples of the `tokens` input, given their beginnings"
+    )
+    length: int | None = Field(
+        None, ge=1, description="elements drawn after the prompt; default: as many as fit"
+    )
+    stop: list[str] = Field([], description="strings that end a text; they are left out of it")
+    end_at: list[str] = Field(
+        ["eos"], description="special tokens that end a sample, where the model has them"
+    )
+    guidance: Guidance = Guidance()
+    draft: DraftSettings | None = Field(
+        None, description="speculative decoding: what drafts; the distribution stays the same"
+    )
+    gamma: Gamma = Gamma()
+    seed: int = Field(0, ge=0)
+    samples_per_shard: int = Field(1000, ge=1, description="rows of one zarr shard")
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    batch_size: int = runtime(50, ge=1, description="samples drawn together")
+    device: str = runtime("auto", description="auto, cpu, cuda, cuda:1, …")
+    patience_s: float = runtime(
+        3600.0, gt=0, description="how long rank 0 waits for other ranks to finish a shard"
+    )
+
+    @field_validator("guidance", mode="before")
+    @classmethod
+    def _scale_alone(cls, value: Any) -> Any:
+        return {"scale": value} if isinstance(value, int | float) else value
+
+    @field_validator("stop")
+    @classmethod
+    def _stop_strings_say_something(cls, value: list[str]) -> list[str]:
+        if "" in value:
+            raise ValueError("an empty stop string would end every sample at once")
+        return value
+
+    @property
+    def filters(self) -> Filters:
+        return Filters(**{name: getattr(self, name) for name in Filters.model_fields})
+
+
+@dataclass
+class Source:
+    """A model folder, opened: what the samples are drawn with."""
+
+    model: Autoregressive
+    card: dict[str, Any]
+    tokenizer: Any
+    """None for a model of raw elements."""
+    device: torch.device
+
+    @property
+    def modality(self) -> str | None:
+        return self.card.get("modality")
+
+    @property
+    def elements(self) -> int:
+        return torch.Size(self.model.event_shape).numel()
+
+
+@dataclass
+class Beginning:
+    """A real sample that is completed."""
+
+    tokens: np.ndarray
+    """(T,) in generation order."""
+    label: int | None
+    """Its class."""
+
+
+@dataclass
+class Request:
+    """The settings, settled against a model: what each sample is asked to be."""
+
+    config: Config
+    rules: Rules
+    classes: list[int] | None
+    """Asked for in turn."""
+    prompts: list[list[int]]
+    length: int
+    """Elements after the prompt."""
+    begun: list[Beginning] | None = None
+    """What the prompts are the beginnings of, where real samples are completed."""
+
+    def plan(self, indices: Sequence[int]) -> Plan:
+        prompts = [self.prompts[i % len(self.prompts)] for i in indices]
+        known, given = pack_prompts(prompts)
+        cond = None
+        if self.classes is not None:
+            cond = torch.tensor([self.classes[i % len(self.classes)] for i in indices])
+        return Plan(
+            seeds=sample_seeds(self.config.seed, np.asarray(indices)),
+            lengths=np.array([len(prompt) + self.length for prompt in prompts]),
+            cond=cond,
+            known=known if known.shape[1] else None,
+            given=given if known.shape[1] else None,
+        )
+
+    @property
+    def columns(self) -> int:
+        return max(len(prompt) for prompt in self.prompts) + self.length
+
+
+def settle(config: Config, source: Source, begun: Sequence[Beginning] | None = None) -> Request:
+    """Compare the settings with the model; SamplingError names what it cannot do.
+
+    `begun` are the real samples that `config.complete` asks for; they bring their own class.
+    """
+    card = source.card
+    classes = _classes(config, card)
+    if begun is not None and classes is not None:
+        if config.classes is not None:
+            raise SamplingError("classes: completed samples have their own; leave them out")
+        classes = [-1 if b.label is None else b.label for b in begun]
+    if config.guidance.scale != 1 and classes is None:
+        raise SamplingError("guidance: the model has no classes; leave guidance at 1")
+    prompts = [_prompt(p, source) for p in config.prompts or [[]]]
+    if (begun is not None) != (config.complete is not None):
+        raise SamplingError("complete: takes a pretokenize artifact as the input `tokens`")
+    if begun is not None:
+        assert config.complete is not None
+        if config.prompts is not None:
+            raise SamplingError("prompts, complete: give one of them")
+        share = config.complete.share
+        prompts = [b.tokens[: max(1, round(share * len(b.tokens)))].tolist() for b in begun]
+    longest = max(len(prompt) for prompt in prompts)
+    length = config.length if config.length is not None else source.elements - longest
+    if length < 1 or longest + length > source.elements:
+        raise SamplingError(
+            f"length: a prompt of {longest} tokens and {max(length, 1)} more are asked of a model "
+            f"of {source.elements} elements; shorten one of them"
+        )
+    if source.modality == "image" and longest + length != source.elements:
+        raise SamplingError(
+            f"length: a picture of this model has {source.elements} elements, "
+            f"{longest + length} are asked for; leave `length` out"
+        )
+    end: tuple[int, ...] = ()
+    allowed = None
+    if card.get("vocabulary"):
+        vocabulary = Vocabulary.model_validate(card["vocabulary"])
+        end = tuple(
+            vocabulary.specials[name] for name in config.end_at if name in vocabulary.specials
+        )
+        allowed = _allowed(vocabulary, source, end)
+    finished = None
+    if config.stop:
+        if source.modality != "text" or source.tokenizer is None:
+            raise SamplingError("stop: stop strings are for text models; leave `stop` out")
+        finished = StopStrings(source.tokenizer, config.stop)
+    rules = Rules(config.filters, config.guidance, allowed, end, finished)
+    return Request(config, rules, classes, prompts, length, None if begun is None else list(begun))
+
+
+def _classes(config: Config, card: Mapping[str, Any]) -> list[int] | None:
+    names = card.get("classes")
+    if not names:
+        if config.classes is not None:
+            raise SamplingError("classes: the model was trained without classes; leave them out")
+        return None
+    if config.classes is None:
+        return list(range(len(names)))
+    chosen = []
+    for given in config.classes:
+        if isinstance(given, str):
+            if given not in names:
+                raise SamplingError(f"classes: no class '{given}'{nearest(given, list(names))}")
+            chosen.append(names.index(given))
+        elif 0 <= given < len(names):
+            chosen.append(given)
+        else:
+            raise SamplingError(
+                f"classes: no class {given}; the model has {len(names)}, 0 to {len(names) - 1}"
+            )
+    return chosen
+
+
+def _prompt(prompt: str | list[int], source: Source) -> list[int]:
+    vocabulary = source.card.get("vocabulary")
+    if isinstance(prompt, str):
+        if source.modality != "text" or source.tokenizer is None:
+            raise SamplingError(
+                f"prompts: {prompt!r} is text and the model is not one of text; "
+                "give token ids, or leave prompts out"
+            )
+        return [int(token) for token in source.tokenizer.encode([prompt])[0]]
+    ranges = vocabulary["ranges"] if vocabulary else {}
+    for token in prompt:
+        if ranges and not any(start <= token < stop for start, stop in ranges.values()):
+            spans = ", ".join(f"{name} [{a}, {b})" for name, (a, b) in ranges.items())
+            raise SamplingError(f"prompts: token {token} lies outside the model's ranges: {spans}")
+    return prompt
+
+
+def _allowed(vocabulary: Vocabulary, source: Source, end: Sequence[int]) -> torch.Tensor | None:
+    """Tokens that belong in a sample: the modality's range and the end tokens."""
+    if source.modality not in vocabulary.ranges:
+        return None
+    start, stop = vocabulary.ranges[source.modality]
+    if start == 0 and stop == vocabulary.size:
+        return None
+    allowed = torch.zeros(vocabulary.size, dtype=torch.bool)
+    allowed[start:stop] = True
+    allowed[list(end)] = True
+    return allowed
+
+
+def vocabulary_size(source: Source) -> int | None:
+    """Values of an element; None for real numbers."""
+    if source.card.get("vocabulary"):
+        return Vocabulary.model_validate(source.card["vocabulary"]).size
+    return getattr(source.model.config, "vocabulary_size", None)
