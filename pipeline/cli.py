@@ -216,6 +216,36 @@ def status(
 
 
 @app.command()
+def plan(
+    config: ConfigArgument,
+    utilisation: Annotated[
+        float, typer.Option(help="Share of the peak FLOP/s that the training is taken to reach.")
+    ] = 0.4,
+    gpu: Annotated[
+        str | None, typer.Option(help="For stages with gpus and no gpu_type: h100, a100, …")
+    ] = None,
+    calibrate: Annotated[
+        int, typer.Option(min=0, help="Make so many real steps of each training here.")
+    ] = 0,
+    overrides: SetOption = None,
+    runs: RunsOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, for scripts.")] = False,
+) -> None:
+    """What it will take: parameters, memory, FLOPs, hours, disk; what does not fit."""
+    from chainrule.pipeline.pipeline_file import load_pipeline
+    from chainrule.pipeline.plan import plan as plan_of
+    from chainrule.pipeline.plan_text import text
+
+    pipeline = load_pipeline(config, overrides, runs)
+    plans = plan_of(pipeline, utilisation, gpu, calibrate)
+    if as_json:
+        stages = {found["stage"]: found for found in plans}
+        typer.echo(json.dumps({"pipeline": pipeline.name, "stages": stages}, indent=1))
+    else:
+        typer.echo(text(plans))
+
+
+@app.command()
 def report(
     config: ConfigArgument,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The page to write.")] = None,
@@ -275,7 +305,8 @@ def _main() -> int:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, on_terminate)
-    importlib.import_module("chainrule.pipeline.cli_model")  # adds its commands to `app`
+    for module in ("cli_model", "cli_bench"):  # they add their commands to `app`
+        importlib.import_module(f"chainrule.pipeline.{module}")
     try:
         result = app(standalone_mode=False)
         return int(result) if isinstance(result, int) else DONE

@@ -22,9 +22,17 @@ from torch.utils.checkpoint import checkpoint
 
 from chainrule.pipeline.models.contract import Autoregressive, Conditional, Cursor
 from chainrule.pipeline.models.decoder_config import PRESETS, DecoderConfig
-from chainrule.pipeline.models.elementwise import RMSNorm, rotate, swiglu
 from chainrule.pipeline.models.heads import projection
 from chainrule.pipeline.models.inputs import ClassEmbedding, check_condition, check_elements
+from chainrule.pipeline.models.kernels import (
+    Linear,
+    RMSNorm,
+    attention_bias,
+    attention_is_written_out,
+    rotate,
+    swiglu,
+    written_out_attention,
+)
 from chainrule.pipeline.models.kv_cache import DecoderCursor
 from chainrule.pipeline.models.orderings import inverse
 
@@ -69,10 +77,10 @@ class Attention(nn.Module):
         self.heads, self.kv_heads = config.heads, config.kv_heads
         self.head_width = config.head_width
         inner = config.heads * config.head_width
-        self.qkv = nn.Linear(
+        self.qkv = Linear(
             config.width, inner + 2 * config.kv_heads * config.head_width, bias=config.bias
         )
-        self.output = nn.Linear(inner, config.width, bias=config.bias)
+        self.output = Linear(inner, config.width, bias=config.bias)
 
     def forward(self, x_BTD: Tensor, rope: Tensor | None, attend: Attend) -> Tensor:
         batch, length, _ = x_BTD.shape
@@ -94,8 +102,8 @@ class MLP(nn.Module):
         super().__init__()
         self.activation = config.activation
         inner = config.mlp_width * (2 if config.activation == "swiglu" else 1)
-        self.input = nn.Linear(config.width, inner, bias=config.bias)
-        self.output = nn.Linear(config.mlp_width, config.width, bias=config.bias)
+        self.input = Linear(config.width, inner, bias=config.bias)
+        self.output = Linear(config.mlp_width, config.width, bias=config.bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         h = self.input(x_BTD)
@@ -323,7 +331,7 @@ class Decoder(Autoregressive):
             return None
         if self._rope is None or self._rope.device != like.device:
             self._rope = rope_table(self.config, like.device)
-        kind = like.device.type
+        kind = "cpu" if like.is_meta else like.device.type  # meta: shapes alone (chainrule plan)
         cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
         return self._rope[:, first:end].unsqueeze(2).to(cast)
 
@@ -334,7 +342,7 @@ def _full_attention(mask: Tensor | None, dropout: float) -> Attend:
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         nonlocal bias
-        if _written_out(q):
+        if attention_is_written_out(q):
             if bias is None:
                 bias = attention_bias(q, mask)
             return written_out_attention(q, k, v, bias, dropout)
@@ -349,38 +357,6 @@ def _full_attention(mask: Tensor | None, dropout: float) -> Attend:
         )
 
     return attend
-
-
-def _written_out(q: Tensor) -> bool:
-    """Where three plain products beat torch's kernel: in bf16 on a CPU its backward pass is
-    2 to 7 times slower than they are (contexts of 256 and 64)."""
-    return (
-        q.device.type == "cpu"
-        and q.dtype == torch.bfloat16
-        and torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-    )
-
-
-def attention_bias(q: Tensor, mask: Tensor | None) -> Tensor:
-    """0 where an input may look, -inf where not: (B or 1, 1, T, T) of the dtype of `q`."""
-    length = q.shape[2]
-    if mask is None:
-        mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
-    bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device)
-    return bias.masked_fill_(~mask, -torch.inf)
-
-
-def written_out_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float) -> Tensor:
-    """softmax(q k^T / sqrt(d) + bias) v; q (B, H, T, d), k and v (B, K, T, d)."""
-    batch, heads, length, width = q.shape
-    if k.shape[1] != heads:
-        k, v = (t.repeat_interleave(heads // t.shape[1], dim=1) for t in (k, v))
-    q, k, v = (t.reshape(batch * heads, length, width) for t in (q, k, v))
-    bias = bias.expand(batch, heads, length, length).reshape(-1, length, length)
-    scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=width**-0.5)
-    weights = _drop(torch.softmax(scores, dim=-1), dropout)
-    return (weights @ v).view(batch, heads, length, width)
 
 
 FAMILIES: dict[str, tuple[type[DecoderConfig], type[Decoder]]] = {

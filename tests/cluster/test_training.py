@@ -183,20 +183,36 @@ def test_a_node_dies_with_all_that_runs_on_it(training: Training) -> None:
     training.ends(job)
 
 
-def test_only_slurmd_dies_and_the_old_step_goes_on(training: Training) -> None:
-    job = training.submit("--only", "decoder")
+def test_only_slurmd_dies_and_the_old_step_goes_on(
+    cluster: "Cluster", tokens: Path, quiet: list[tuple[int, float]], tmp_path: Path
+) -> None:
+    training = _copy(cluster, tokens, tmp_path)
+    job = training.submit("--only", "decoder", "--set", "decoder.resources.nodes=1")
     training.wait_for_checkpoint(job)
     old = training.rank(0)
-    os.kill(old, signal.SIGSTOP)  # held where it is until Slurm has given the job to others
-    training.cluster.kill_node("127.0.0.1", only_slurmd=True)
+    node = training.cluster.job(job)["NodeList"]
+    os.kill(old, signal.SIGSTOP)  # held where it is until the job has begun elsewhere
+    training.cluster.kill_node(node, only_slurmd=True)
     training.cluster.slurm(
-        "scontrol", "update", "NodeName=127.0.0.1", "State=DOWN", "Reason=lost", check=False
+        "scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost", check=False
     )
-    training.cluster.wait_for(job, ("PENDING",), 60)
+    training.cluster.wait_until(
+        lambda: len(attempts_in(training)) == 2, 90, "a second attempt", lambda: training.log(job)
+    )
     os.kill(old, signal.SIGCONT)
-    training.cluster.start_node("127.0.0.1")
     training.ends(job)
+    training.cluster.start_node(node)
     assert f"attempt {job}.0 was replaced by {job}.1" in training.log(job)
+    steps = [step for step, _ in training.losses()]
+    assert steps == [step for step, _ in quiet]
+    for (_, loss), (_, wanted) in zip(training.losses(), quiet, strict=True):
+        assert loss == pytest.approx(wanted, rel=1e-4)  # one rank instead of two
+    training.chainrule("verify", str(training.root / "decoder"))
+
+
+def attempts_in(training: Training) -> list[str]:
+    path = training.root / ".slurm" / "decoder.attempts.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
 
 
 def test_it_hangs(training: Training) -> None:

@@ -1,0 +1,331 @@
+"""`chainrule plan`: what a pipeline will take, on paper, before anything is queued.
+
+For each stage, from its settings and `resources` alone (and from what its inputs published,
+where they have run): parameters, memory a rank under every way of spreading it, FLOPs,
+hours, shards and disk; what does not fit, and the smallest change that would.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from chainrule.pipeline.artifact import MANIFEST, read_json
+from chainrule.pipeline.config import RequestError, nearest
+from chainrule.pipeline.graph import Pipeline, StageSpec
+
+BYTES_OF = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+"""Slurm's suffixes of --mem."""
+
+
+@dataclass(frozen=True)
+class Device:
+    """A kind of GPU: memory in bytes, dense peak FLOP/s by precision (vendors' data sheets)."""
+
+    memory: float
+    fp32: float
+    bf16: float
+
+    def peak(self, precision: str) -> float:
+        return self.fp32 if precision == "fp32" else self.bf16
+
+
+DEVICES = {
+    "v100": Device(32e9, 15.7e12, 125e12),  # fp16; it has no bf16
+    "a10": Device(24e9, 31.2e12, 125e12),
+    "l40s": Device(48e9, 91.6e12, 362e12),
+    "a100-40": Device(40e9, 19.5e12, 312e12),
+    "a100": Device(80e9, 19.5e12, 312e12),
+    "h100": Device(80e9, 67e12, 989e12),
+    "h200": Device(141e9, 67e12, 989e12),
+    "b200": Device(180e9, 75e12, 2250e12),
+    "mi300x": Device(192e9, 163e12, 1307e12),
+}
+RESERVED = 0.07
+"""Share of a GPU's memory that the driver, the libraries and fragmentation take."""
+UTILISATION = 0.4
+"""Share of the peak that well-kept training loops reach on 100M to 7B decoders (ANCHORS: llm.c
+124M 41 % on H100, OLMo-core 7B 47 %)."""
+
+
+def plan(
+    pipeline: Pipeline,
+    utilisation: float = UTILISATION,
+    gpu: str | None = None,
+    calibrate: int = 0,
+) -> list[dict[str, Any]]:
+    """One plain dict a stage. `gpu` stands in for stages that name no gpu_type.
+
+    With `calibrate`, so many real steps of each training run here, and the hours that follow
+    are given too. RequestError for an unknown GPU or a utilisation outside (0, 1].
+    """
+    if not 0 < utilisation <= 1:
+        raise RequestError(f"utilisation {utilisation:g}: a share of the peak, above 0, at most 1")
+    known = {spec.resources.gpu_type for spec in pipeline.stages.values()} | {gpu}
+    for name in sorted(known - {None, *DEVICES}, key=str):
+        raise RequestError(f"unknown GPU '{name}'{nearest(str(name), list(DEVICES))}")
+    return [
+        _plan_of(pipeline, spec, utilisation, gpu, calibrate) for spec in pipeline.stages.values()
+    ]
+
+
+def _plan_of(
+    pipeline: Pipeline, spec: StageSpec, utilisation: float, gpu: str | None, calibrate: int
+) -> dict[str, Any]:
+    resources = spec.resources
+    found: dict[str, Any] = {
+        "stage": spec.name,
+        "job": spec.job,
+        "nodes": resources.nodes,
+        "ranks": ranks_of(spec),
+        "gpu": (resources.gpu_type or gpu) if resources.gpus else None,
+    }
+    if spec.job == "pretrain":
+        found |= _pretrain(pipeline, spec, found["gpu"], utilisation, calibrate)
+    elif spec.job == "sample":
+        found |= _sample(pipeline, spec)
+    elif spec.job in ("ingest", "pretokenize"):
+        found |= _shards(pipeline, spec.name)
+    elif spec.job == "train_tokenizer" and hasattr(spec.module, "network"):
+        network = spec.module.network(spec.config)
+        if network is not None:
+            found["parameters"] = sum(p.numel() for p in network.parameters())
+    return found
+
+
+def ranks_of(spec: StageSpec) -> int:
+    resources = spec.resources
+    return resources.nodes * (resources.gpus or resources.processes)
+
+
+# --- what the tokens will be ---------------------------------------------------------------
+
+
+def _published(pipeline: Pipeline, stage: str) -> dict[str, Any] | None:
+    """index.json of shards that have been made."""
+    folder = pipeline.folder(stage)
+    if (folder / MANIFEST).is_file() and (folder / "index.json").is_file():
+        index: dict[str, Any] = read_json(folder / "index.json")
+        return index
+    return None
+
+
+def _shards(pipeline: Pipeline, stage: str) -> dict[str, Any]:
+    index = _published(pipeline, stage)
+    if index is None:
+        return {"shards": None, "note": "shards and bytes are known once it has run"}
+    entries = index["shards"]
+    found = {
+        "shards": len(entries),
+        "samples": sum(entry["samples"] for entry in entries),
+        "bytes": sum(entry["bytes"] for entry in entries),
+    }
+    if index["kind"] == "tokens":
+        found["tokens"] = sum(entry["tokens"] for entry in entries)
+    return found
+
+
+def _from_tokens(pipeline: Pipeline, spec: StageSpec) -> dict[str, Any]:
+    """What the token stages settle of a model: from their index, else from their settings."""
+    settled: dict[str, Any] = {}
+    sizes = []
+    for name in spec.inputs.get("tokens", []):
+        index = _published(pipeline, name)
+        if index is not None:
+            sizes.append(index["vocabulary"]["size"])
+            settled["image"] = index["modality"] == "image"
+            if index["grid"]:
+                settled["event_shape"] = tuple(index["grid"])
+            if index["classes"]:
+                settled["classes"] = len(index["classes"])
+        elif name in pipeline.stages:
+            foreseen = _foreseen(pipeline, pipeline.stages[name])
+            sizes.append(foreseen.pop("vocabulary_size", None))
+            settled |= foreseen
+    if sizes and None not in sizes:
+        settled["vocabulary_size"] = sum(sizes)
+    return settled
+
+
+def _foreseen(pipeline: Pipeline, tokens: StageSpec) -> dict[str, Any]:
+    """Vocabulary and grid of token shards that are not made yet, from the settings above them."""
+    found: dict[str, Any] = {}
+    [source] = tokens.inputs["tokenizer"]
+    if source not in pipeline.stages:
+        return found
+    tokenizer: Any = pipeline.stages[source].config.tokenizer  # type: ignore[attr-defined]
+    found["image"] = tokenizer.kind in ("vqvae", "vqgan", "palette", "pixels")
+    extra = 2 if tokenizer.kind == "sentencepiece" else 0  # bos, eos
+    for field in ("codebook_size", "vocabulary_size", "colours", "levels"):
+        size = getattr(tokenizer, field, None)
+        if isinstance(size, int):
+            found["vocabulary_size"] = size + extra
+            break
+    [data] = tokens.inputs["data"]
+    side = None
+    if data in pipeline.stages:
+        side = getattr(pipeline.stages[data].config.source, "size", None)  # type: ignore[attr-defined]
+    factor = getattr(tokenizer, "downsampling", 1)
+    if isinstance(side, int):
+        side = (side, side)
+    if side is not None:
+        found["event_shape"] = (side[0] // factor, side[1] // factor)
+    return found
+
+
+def _assumed(spec: StageSpec, settled: dict[str, Any]) -> list[str]:
+    """What is taken from the model's preset because no token shards settle it yet."""
+    asked: Any = spec.config.model  # type: ignore[attr-defined]
+    given = {} if isinstance(asked, str) else asked
+    open_still = {"vocabulary_size"}
+    if settled.get("image") and "context" not in given:
+        open_still.add("event_shape")
+    return sorted(open_still - settled.keys() - given.keys())
+
+
+def model_of(spec: StageSpec, settled: dict[str, Any]) -> Any:
+    """The model's config: what was asked for, and what the tokens settle (or will)."""
+    from chainrule.pipeline.models.registry import FAMILIES, PRESETS, resolve
+
+    asked: Any = spec.config.model  # type: ignore[attr-defined]
+    asked = {"preset": asked} if isinstance(asked, str) else dict(asked)
+    family = asked.get("family") or PRESETS[asked["preset"]]["family"]
+    fields = FAMILIES[family][0].model_fields
+    settled = {key: value for key, value in settled.items() if key in fields and key not in asked}
+    if "event_shape" in settled and "context" in asked:
+        settled.pop("event_shape")
+    # a preset's `bos` belongs to its own vocabulary
+    if "bos" in fields and "vocabulary_size" in settled and "bos" not in asked:
+        settled["bos"] = None
+    try:
+        return resolve(asked, **settled)
+    except ValueError as error:
+        raise RequestError(f"stage '{spec.name}': {error}") from None
+
+
+# --- stages -------------------------------------------------------------------------------
+
+
+def _pretrain(
+    pipeline: Pipeline, spec: StageSpec, gpu: str | None, utilisation: float, calibrate: int
+) -> dict[str, Any]:
+    import torch
+
+    from chainrule.pipeline.models.registry import build
+    from chainrule.pipeline.plan_memory import Activations, Scheme, parameter_count
+    from chainrule.pipeline.plan_schemes import choices, option, remedy, words
+    from chainrule.pipeline.training.throughput import flops_per_element, measured_peak
+
+    config: Any = spec.config
+    settled = _from_tokens(pipeline, spec)
+    model = model_of(spec, settled)
+    ranks = ranks_of(spec)
+    parts = ranks * config.accumulate
+    if config.batch_size % parts:
+        raise RequestError(
+            f"stage '{spec.name}': batch_size {config.batch_size} does not divide by {ranks} ranks "
+            f"x accumulate {config.accumulate}; take a multiple of {parts}"
+        )
+    with torch.device("meta"):
+        built = build(model)
+    flops = flops_per_element(built)
+    length = math.prod(built.event_shape)
+    parameters = parameter_count(model)
+    strategy = config.engine.strategy
+    if strategy == "auto":
+        strategy = "single" if ranks == 1 else "ddp"
+    scheme = Scheme(
+        strategy=strategy,
+        precision=config.precision,
+        ranks=ranks,
+        rows=config.batch_size // parts,
+        checkpointing=config.engine.activation_checkpointing,
+        offload_optimizer=config.engine.offload_optimizer != "none",
+        offload_parameters=config.engine.offload_parameters != "none",
+        moments=2,
+        average=config.ema is not None,
+    )
+    activations = Activations.count(model, config.precision)
+    limit = _limit(spec, gpu)
+    options = [option(parameters, choice, activations, limit) for choice in choices(scheme)]
+    chosen = next(found for found in options if found["scheme"] == words(scheme))
+    tokens = config.steps * config.batch_size * length
+    peak = (
+        DEVICES[gpu].peak(config.precision)
+        if gpu is not None
+        else measured_peak(torch.device("cpu"), config.precision)
+    )
+    checkpoint = parameters * 4 * (3 + (config.ema is not None))
+    found: dict[str, Any] = {
+        "model": model.model_dump(mode="json"),
+        "parameters": parameters,
+        "length": length,
+        "assumed": _assumed(spec, settled),
+        "rows_per_micro_batch": scheme.rows,
+        "tokens_per_step": config.batch_size * length,
+        "tokens": tokens,
+        "flops_per_token": flops,
+        "flops": flops * tokens,
+        "peak": peak * (ranks if gpu is not None else 1),
+        "utilisation": utilisation,
+        "hours": flops * tokens / (peak * (ranks if gpu else 1) * utilisation) / 3600,
+        "tokens_per_day": peak * (ranks if gpu else 1) * utilisation / flops * 86400,
+        "memory": options,
+        "chosen": chosen,
+        "limit": limit,
+        "checkpoint_bytes": checkpoint,
+        "checkpoints_bytes": checkpoint * (config.keep + _kept_for_good(config)),
+    }
+    if limit is not None and chosen["total"] > limit:
+        found["remedy"] = remedy(parameters, scheme, activations, limit)
+    if calibrate:
+        found |= _calibrated(model, config, scheme, calibrate)
+    return found
+
+
+def _kept_for_good(config: Any) -> int:
+    return config.steps // config.keep_every if config.keep_every else 0
+
+
+def _limit(spec: StageSpec, gpu: str | None) -> float | None:
+    """Bytes that one rank may use; None where nothing says it."""
+    if gpu is not None:
+        return DEVICES[gpu].memory * (1 - RESERVED)
+    memory = spec.resources.memory
+    if memory is None:
+        return None
+    digits = memory.rstrip("BbKkMmGgTt")
+    unit = memory[len(digits) :].upper().removesuffix("B") or "M"
+    if not digits.isdecimal() or unit not in BYTES_OF:
+        raise RequestError(f"stage '{spec.name}': memory '{memory}': write it as Slurm does: 64G")
+    return int(digits) * BYTES_OF[unit] / (spec.resources.gpus or spec.resources.processes)
+
+
+def _calibrated(model: Any, config: Any, scheme: Any, steps: int) -> dict[str, Any]:
+    """Hours by a few real steps of one rank on this machine (the first is left out)."""
+    from chainrule.pipeline.plan_measure import seconds_per_step
+
+    seconds, device = seconds_per_step(model, config.precision, scheme.rows, steps)
+    hours = seconds * config.accumulate * config.steps / 3600
+    return {"calibrated_on": device, "calibrated_step_s": seconds, "calibrated_hours": hours}
+
+
+def _sample(pipeline: Pipeline, spec: StageSpec) -> dict[str, Any]:
+    """Memory of sampling: weights and the cache of keys and values."""
+    from chainrule.pipeline.plan_memory import WEIGHT_BYTES, kv_cache_bytes, parameter_count
+
+    [name] = spec.inputs["model"]
+    decoder = pipeline.stages[name].inputs["decoder"][0] if name in pipeline.stages else None
+    if decoder not in pipeline.stages:
+        return {"note": "its model lies outside this pipeline"}
+    spec_of_model = pipeline.stages[decoder]
+    model = model_of(spec_of_model, _from_tokens(pipeline, spec_of_model))
+    config: Any = spec.config
+    precision = {"float32": "fp32", "bfloat16": "bf16"}[config.dtype]
+    parameters = parameter_count(model)
+    guided = 2 if config.guidance.scale != 1 else 1  # the unconditional rows beside them
+    return {
+        "parameters": parameters,
+        "weights_bytes": parameters * WEIGHT_BYTES[precision],
+        "kv_cache_bytes": kv_cache_bytes(model, config.batch_size * guided, precision),
+        "samples": config.number,
+    }
