@@ -13,19 +13,22 @@ A collapsed codebook is refused before anything is encoded (`minimum_usage`).
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from chainrule.pipeline.artifact import read_json, write_json
 from chainrule.pipeline.config import Settings, runtime
 from chainrule.pipeline.data.reader import Sample, Shards
-from chainrule.pipeline.data.shards import ShardWriter, finish, finished
+from chainrule.pipeline.data.shards import ShardWriter, finish, finished, key_of
 from chainrule.pipeline.stage import Input, Stage, StageFailed
 from chainrule.tokenizers import interface
 from chainrule.tokenizers.interface import Tokenizer, TokenizerError
@@ -36,8 +39,59 @@ INPUTS: dict[str, Input] = {
 }
 
 
+class Views(Settings):
+    """Windows and mirror images baked into the shards: each training image gives several samples.
+
+    LlamaGen's ten-crop (Sun et al. 2024, section 3.1) is `{crops: five, size: 256, flip: true}`.
+    A validation image gives one: its centre, or the whole.
+    """
+
+    crops: Literal["whole", "center", "five"] = Field(
+        "whole", description="five: the corners and the centre"
+    )
+    size: int | None = Field(None, ge=1, description="side of a window, in pixels")
+    flip: bool = Field(False, description="each view mirrored as well")
+
+    @model_validator(mode="after")
+    def _windows_have_a_size(self) -> "Views":
+        if (self.crops == "whole") != (self.size is None):
+            raise ValueError("size is for crops center and five, and needed by them")
+        return self
+
+    def count(self, split: str) -> int:
+        if split != "train":
+            return 1
+        return (5 if self.crops == "five" else 1) * (2 if self.flip else 1)
+
+    def of(self, image: np.ndarray, split: str) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+        """Each view of uint8 (H, W, C), with what was done to it. TokenizerError if too small."""
+        height, width = image.shape[:2]
+        places: list[tuple[int, int] | None] = [None]
+        if self.size is not None:
+            down, right = height - self.size, width - self.size
+            if min(down, right) < 0:
+                raise TokenizerError(
+                    f"image of {height}x{width} is smaller than views.size {self.size}"
+                )
+            places = [(down // 2, right // 2)]
+            if self.crops == "five" and split == "train":
+                places += [(0, 0), (0, right), (down, 0), (down, right)]
+        for mirrored in (False, True) if self.flip and split == "train" else (False,):
+            for place in places:
+                view = image
+                done: dict[str, Any] = {}
+                if place is not None and self.size is not None:
+                    top, left = place
+                    view = view[top : top + self.size, left : left + self.size]
+                    done["crop"] = [top, left, self.size, self.size]
+                if mirrored:
+                    view, done["flip"] = view[:, ::-1], True
+                yield done, np.ascontiguousarray(view)
+
+
 class Config(Settings):
     batch_size: int = Field(64, ge=1, description="samples encoded at once")
+    views: Views | None = Field(None, description="augmentations baked in (images)")
     minimum_usage: float = Field(
         0.25,
         ge=0,
@@ -83,6 +137,8 @@ def open_inputs(config: Config, stage: Stage) -> tuple[Shards, Tokenizer]:
             f"{raw.folder}: holds {shards.modality}; the tokenizer of {folder} is one of "
             f"{tokenizer.modality}"
         )
+    if config.views is not None and shards.modality != "image":
+        raise StageFailed(f"{raw.folder}: holds {shards.modality}; views are for images")
     _require_rate(raw.folder, shards, folder, tokenizer)
     health = tokenizer.card().get("health", {})
     usage = health.get("usage_of_reachable")
@@ -141,33 +197,45 @@ def encode_shards(
         stage.summary["tokens_per_second"] = tokens / seconds
 
 
+@dataclass
+class Piece:
+    """One sample to write: its key's number, what it holds, or why it cannot be used."""
+
+    number: int
+    where: str
+    meta: dict[str, Any]
+    raw_bytes: int
+    raw: Any
+    fault: str | None = None
+
+
 def _encode_shard(
     config: Config, folder: Path, shards: Shards, tokenizer: Tokenizer, number: int, allowed: int
 ) -> dict[str, Any]:
-    """Write token shard `number`; its entry. Batches begin anew in each shard."""
+    """Write token shard `number`; its entry. Batches begin anew in each shard.
+
+    Three things go on at once: raw samples are read and decoded (threads), the batch before
+    them is encoded (one thread), and the one before that is written (here).
+    """
     modality = shards.modality
     eos = tokenizer.vocabulary["specials"].get("eos") if modality == "text" else None
     shapes: set[tuple[int, ...]] = set()
-    with ShardWriter(folder, number, shards.entries[number]["split"]) as writer:
-        for samples, raws in _decoded(shards, number, config):
-            good, values = [], []
-            for sample, raw in zip(samples, raws, strict=True):
-                if isinstance(raw, Exception):
-                    writer.skip("sample", _where(sample), str(raw))
-                else:
-                    good.append(sample)
-                    values.append(raw)
-            for sample, tokens in _encoded(tokenizer, good, values, writer):
-                meta, raw_bytes = dict(sample.meta), 0
-                if modality == "text":
-                    raw_bytes = len(sample.members["txt"])
-                    meta["bytes"] = raw_bytes
+    with (
+        ShardWriter(folder, number, shards.entries[number]["split"]) as writer,
+        ThreadPoolExecutor(1, "encode") as encoder,
+        closing(_pieces(shards, number, config)) as batches,
+    ):
+        ready = (encoder.submit(_encode, tokenizer, batch) for batch in batches)
+        for pieces, encoded in (future.result() for future in _ahead(ready)):
+            for piece, tokens in zip(pieces, encoded, strict=True):
+                if tokens is None:
+                    writer.skip("sample", piece.where, str(piece.fault))
+                    continue
                 shapes.add(tokens.shape)
                 if eos is not None:
                     tokens = np.append(tokens, np.array(eos, tokens.dtype))
-                writer.write(
-                    sample.key, {"tokens.npy": tokens, "json": meta}, tokens.size, raw_bytes
-                )
+                members = {"tokens.npy": tokens, "json": piece.meta}
+                writer.write(key_of(piece.number), members, tokens.size, piece.raw_bytes)
             if writer.skipped > allowed:
                 break
         # inside the `with`: whoever finds the shard whole finds its shapes as well
@@ -178,63 +246,75 @@ def _encode_shard(
     return entry
 
 
-def _decoded(
-    shards: Shards, number: int, config: Config
-) -> Iterator[tuple[list[Sample], list[Any]]]:
-    """Samples of a shard in batches, each with its decoded form or the reason why there is none.
+def _ahead(items: Iterator[Any]) -> Iterator[Any]:
+    """The same items, the next one asked for before the one at hand is given out."""
+    held = [next(items, None)]
+    for item in items:
+        held.append(item)
+        yield held.pop(0)
+    if held[0] is not None:
+        yield held[0]
 
-    The next batches are read and decoded in threads while the one at hand is encoded.
-    """
 
-    def decode(sample: Sample) -> Any:
+def _pieces(shards: Shards, number: int, config: Config) -> Generator[list[Piece], None, None]:
+    """What a shard's samples are made into, decoded, in batches."""
+    modality, split = shards.modality, shards.entries[number]["split"]
+    views = config.views.count(split) if config.views is not None else 1
+
+    def decode(sample: Sample) -> list[Piece]:
+        first, where = int(sample.key) * views, str(sample.meta.get("source", sample.key))
+        raw_bytes = len(sample.members["txt"]) if modality == "text" else 0
+        meta = {**sample.meta, "bytes": raw_bytes} if modality == "text" else sample.meta
         try:
-            return sample.raw(shards.modality)
+            raw = sample.raw(modality)
+            if config.views is None:
+                return [Piece(first, where, meta, raw_bytes, raw)]
+            return [
+                Piece(first + i, where, {**meta, **done}, raw_bytes, view)
+                for i, (done, view) in enumerate(config.views.of(raw, split))
+            ]
         except (OSError, ValueError, KeyError, SyntaxError) as error:
-            return TokenizerError(f"{type(error).__name__}: {error}")
+            fault = str(error) if isinstance(error, TokenizerError) else repr(error)
+            return [Piece(first, where, meta, raw_bytes, None, fault)]
 
+    batch: list[Piece] = []
     with ThreadPoolExecutor(config.workers, "decode") as pool:
-        pending: list[tuple[list[Sample], list[Any]]] = []
-        for samples in _batches(shards.iterate_shard(number), config.batch_size):
-            pending.append((samples, [pool.submit(decode, sample) for sample in samples]))
-            if len(pending) > 2:
-                ready, futures = pending.pop(0)
-                yield ready, [future.result() for future in futures]
-        for ready, futures in pending:
-            yield ready, [future.result() for future in futures]
-
-
-def _batches(samples: Iterator[Sample], size: int) -> Iterator[list[Sample]]:
-    batch: list[Sample] = []
-    for sample in samples:
-        batch.append(sample)
-        if len(batch) == size:
-            yield batch
-            batch = []
+        pending: deque[Future[list[Piece]]] = deque()
+        samples = shards.iterate_shard(number)
+        while True:
+            while len(pending) < 2 * config.batch_size:
+                sample = next(samples, None)
+                if sample is None:
+                    break
+                pending.append(pool.submit(decode, sample))
+            if not pending:
+                break
+            batch += pending.popleft().result()
+            while len(batch) >= config.batch_size:
+                yield batch[: config.batch_size]
+                batch = batch[config.batch_size :]
     if batch:
         yield batch
 
 
-def _encoded(
-    tokenizer: Tokenizer, samples: Sequence[Sample], values: Sequence[Any], writer: ShardWriter
-) -> Iterator[tuple[Sample, np.ndarray]]:
-    """Each sample with its tokens; one that the tokenizer refuses is skipped by name."""
+def _encode(
+    tokenizer: Tokenizer, pieces: Sequence[Piece]
+) -> tuple[Sequence[Piece], list[np.ndarray | None]]:
+    """Tokens of each piece; None for one that cannot be used, whose fault is then set."""
+    usable = [piece for piece in pieces if piece.fault is None]
     try:
-        encoded = tokenizer.encode(values)
+        tokens = iter(tokenizer.encode([piece.raw for piece in usable]))
+        return pieces, [next(tokens) if piece.fault is None else None for piece in pieces]
     except TokenizerError:
         # one of them is at fault: find which, and keep the rest
-        for sample, value in zip(samples, values, strict=True):
+        encoded: list[np.ndarray | None] = []
+        for piece in pieces:
             try:
-                [tokens] = tokenizer.encode([value])
+                encoded.append(None if piece.fault else tokenizer.encode([piece.raw])[0])
             except TokenizerError as error:
-                writer.skip("sample", _where(sample), str(error))
-            else:
-                yield sample, tokens
-        return
-    yield from zip(samples, encoded, strict=True)
-
-
-def _where(sample: Sample) -> str:
-    return str(sample.meta.get("source", sample.key))
+                piece.fault = str(error)
+                encoded.append(None)
+        return pieces, encoded
 
 
 # --- the index --------------------------------------------------------------------------
@@ -255,6 +335,11 @@ def wait_for_all(folder: Path, shards: int, patience_s: float) -> None:
                 f"worker within patience_s {patience_s:g}; run the same command again"
             )
         time.sleep(0.2)
+
+
+def _most_views(config: Config) -> int:
+    """Samples that one unreadable image takes with it, at most."""
+    return config.views.count("train") if config.views is not None else 1
 
 
 def _shapes_path(folder: Path, number: int) -> Path:
@@ -288,13 +373,18 @@ def write_index(config: Config, stage: Stage, shards: Shards, tokenizer: Tokeniz
         tokenizer={"fingerprint": tokenizer.fingerprint, "kind": tokenizer.kind},
         grid=_grid(stage.folder, shards),
         source=stage.input("data").fingerprint,
+        views=config.views.model_dump(mode="json") if config.views is not None else None,
     )
     written = sum(entry["samples"] for entry in index["shards"])
-    given = sum(entry["samples"] for entry in shards.entries)
-    if written + index["skipped"] != given:
+    given = sum(
+        entry["samples"] * (config.views.count(entry["split"]) if config.views is not None else 1)
+        for entry in shards.entries
+    )
+    lost = index["skipped"]
+    if not given - lost * _most_views(config) <= written <= given - lost:
         raise StageFailed(
-            f"{stage.folder}: {written} samples written and {index['skipped']} skipped, the input "
-            f"has {given}; run the stage again with --force {stage.name}"
+            f"{stage.folder}: {written} samples written and {lost} skipped, the input gives "
+            f"{given}; run the stage again with --force {stage.name}"
         )
     for path in stage.folder.glob("shard-*.shapes.json"):
         path.unlink()

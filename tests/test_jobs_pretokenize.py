@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from chainrule.jobs import ingest, pretokenize
 from chainrule.pipeline.artifact import Artifact
@@ -221,6 +222,39 @@ def test_the_modality_must_be_the_tokenizers(digits: Artifact, tmp_path: Path) -
     tokenizer = saved(ByteTokenizer(), tmp_path / "tokenizer")
     with pytest.raises(StageFailed, match="holds image; the tokenizer .* is one of text"):
         run(tmp_path / "out", digits, tokenizer)
+
+
+# --- views ------------------------------------------------------------------------------
+
+
+def test_ten_crops_are_baked_in_and_recorded(digits: Artifact, tmp_path: Path) -> None:
+    tokenizer = saved(PixelTokenizer(PixelSettings()), tmp_path / "tokenizer")
+    views = {"crops": "five", "size": 6, "flip": True}
+    stage = run(tmp_path / "out", digits, tokenizer, views=views)
+    assert stage.summary["train_samples"] == 10 * 1527
+    assert stage.summary["validation_samples"] == 270
+    index = json.loads((tmp_path / "out" / "index.json").read_text())
+    assert index["views"] == views
+    assert index["grid"] == [6, 6]
+    raw = Shards.open(digits.folder).read("train", 3)
+    assert raw is not None
+    image = raw.image()[:, :, 0]
+    tokens = TokenSet.open(tmp_path / "out", "train")
+    seen = set()
+    for i in range(30, 40):
+        array, meta = tokens[i]
+        assert meta["label"] == raw.meta["label"]
+        top, left, height, width = meta["crop"]
+        window = image[top : top + height, left : left + width]
+        assert np.array_equal(array, window[:, ::-1] if meta.get("flip") else window)
+        seen.add((top, left, meta.get("flip", False)))
+    assert len(seen) == 10
+    _, meta = TokenSet.open(tmp_path / "out", "validation")[0]
+    assert meta["crop"] == [1, 1, 6, 6]
+    with pytest.raises(StageFailed, match=r"8x8 is smaller than views\.size 9"):
+        run(tmp_path / "large", digits, tokenizer, views={"crops": "center", "size": 9})
+    with pytest.raises(ValidationError, match="size is for crops"):
+        pretokenize.Views(crops="five")
 
 
 # --- what cannot be used ----------------------------------------------------------------
