@@ -301,8 +301,8 @@ def validate(
     for part in parts:
         loss, shared, n = divergence(source.model, draft, part)
         sums += [float(loss), float(shared), n]
-    stage.summary["divergence"] = sums[0] / sums[2]
-    stage.summary["acceptance"] = sums[1] / sums[2]
+    stage.summary["divergence"] = float(sums[0] / sums[2])
+    stage.summary["acceptance"] = float(sums[1] / sums[2])
     stage.summary["measured_on"] = where
 
 

@@ -24,7 +24,7 @@ from chainrule.pipeline.models.contract import Autoregressive
 from chainrule.pipeline.models.registry import build
 from chainrule.pipeline.sampling.drafts import Draft, ModelDraft
 from chainrule.pipeline.sampling.filters import Filters
-from chainrule.pipeline.sampling.sampler import Plan, Rules, draw, pack_prompts
+from chainrule.pipeline.sampling.sampler import Drawn, Plan, Rules, draw, pack_prompts
 from chainrule.pipeline.sampling.speculative import Gamma, Statistics, expected_speedup, speculate
 from chainrule.pipeline.sampling.uniforms import sample_seeds
 
@@ -179,29 +179,23 @@ def _generate(theirs: Any, plan: Plan, tokens: int) -> Tensor:
 def speculative(
     model: Autoregressive,
     drafts: dict[str, Draft],
-    prompts: Sequence[Sequence[int]],
+    plan_of: Callable[[int], Plan],
     rules: Rules,
-    tokens: int = 128,
     batches: Sequence[int] = (1, 8),
     gammas: Sequence[Gamma] = (Gamma(),),
     rounds: int = 3,
 ) -> list[dict[str, Any]]:
-    """A row for each draft, gamma and batch: acceptance, cost, expected and measured speed-up."""
+    """A row for each draft, gamma and batch: acceptance, cost, expected and measured speed-up.
+
+    `plan_of(batch)` says what a batch of samples is to be.
+    """
     rows = []
     for batch in batches:
-        known, given = pack_prompts([prompts[i % len(prompts)] for i in range(batch)])
-        lengths = given.sum(dim=1).numpy() + tokens
-        plan = Plan(sample_seeds(0, np.arange(batch)), lengths, known=known, given=given)
         for name, draft in drafts.items():
             for gamma in gammas:
-                rows.append(
-                    {
-                        "draft": name,
-                        "gamma": f"{'up to ' if gamma.adapt else ''}{gamma.most}",
-                        "batch": batch,
-                        **_speculative_row(model, draft, plan, rules, gamma, tokens, rounds),
-                    }
-                )
+                found = _speculative_row(model, draft, plan_of(batch), rules, gamma, rounds)
+                most = f"{'up to ' if gamma.adapt else ''}{gamma.most}"
+                rows.append({"draft": name, "gamma": most, "batch": batch, **found})
     return rows
 
 
@@ -211,21 +205,24 @@ def _speculative_row(
     plan: Plan,
     rules: Rules,
     gamma: Gamma,
-    tokens: int,
     rounds: int,
 ) -> dict[str, Any]:
     found: list[Statistics] = []
+    drawn: list[Drawn] = []
 
     def speculated() -> None:
         found.append(speculate(model, draft, plan, rules, gamma)[1])
 
     contestants: dict[str, Callable[[], object]] = {
-        "plain": lambda: draw(model, plan, rules),
+        "plain": lambda: drawn.append(draw(model, plan, rules)),
         "speculative": speculated,
     }
     if isinstance(draft, ModelDraft):
         contestants["draft"] = lambda: draw(draft.source, plan, rules)
     seconds = take_turns(contestants, rounds)
+    given = 0 if plan.given is None else int(plan.given.sum())
+    # Texts that end by themselves are of other lengths with a draft: rates are compared.
+    plain = (int(drawn[-1].lengths.sum()) - given) / seconds["plain"]
     cost = seconds["draft"] / seconds["plain"] if "draft" in seconds else 0.0
     seen = found[-1]
     mean_gamma = statistics.fmean(seen.windows) if seen.windows else 0.0
@@ -235,8 +232,9 @@ def _speculative_row(
         "mean gamma": mean_gamma,
         "tokens a call": seen.drawn / max(seen.rounds, 1),
         "formula": expected_speedup(seen.acceptance, mean_gamma, cost),
-        "plain tokens/s": plan.rows * tokens / seconds["plain"],
-        "measured": seconds["plain"] / seconds["speculative"],
+        "plain tokens/s": plain,
+        "speculative tokens/s": seen.drawn / seconds["speculative"],
+        "measured": seen.drawn / seconds["speculative"] / plain,
     }
 
 

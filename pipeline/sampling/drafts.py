@@ -48,6 +48,10 @@ class Draft(ABC):
     ) -> None:
         """Get ready for rows of these seeds (B,), up to `columns` elements of `size` values."""
 
+    def cost(self, model: Autoregressive) -> float:
+        """About what a drafted element costs, in steps of the model."""
+        return 0.0
+
     @abstractmethod
     def propose(self, settled: Sequence[Sequence[int]], want: Sequence[int]) -> Proposal:
         """Up to `want[b]` elements after the settled ones of row b."""
@@ -115,6 +119,11 @@ class ModelDraft(Draft):
                 new.append([x[row]] if step + 1 < n else [])
         self.confirmed = [len(tokens) for tokens in settled]
         return Proposal(drafted, torch.stack(chosen, dim=1))
+
+    def cost(self, model: Autoregressive) -> float:
+        """The ratio of parameters: what a step reads."""
+        counts = [sum(p.numel() for p in m.parameters()) for m in (self.source, model)]
+        return counts[0] / max(counts[1], 1)
 
     def _forget_refused(self, settled: Sequence[Sequence[int]]) -> None:
         """Take back what was fed beyond what became of it; the last settled is fed anew."""

@@ -50,8 +50,11 @@ class Gamma(Settings):
     adapt: bool = Field(
         True, description="fewer where the running acceptance says that fewer are faster"
     )
-    cost: float = Field(
-        0.1, ge=0, description="c: time of one draft step over one step of the model"
+    cost: float | None = Field(
+        None,
+        ge=0,
+        description="c: time of one draft step over one step of the model; default: the ratio of "
+        "their parameters (a measured time would make the samples depend on the machine)",
     )
 
 
@@ -113,8 +116,8 @@ class _Pace:
     """Weight of the past when one more element was tested."""
     RETRY_EVERY = 16
 
-    def __init__(self, gamma: Gamma) -> None:
-        self.gamma = gamma
+    def __init__(self, gamma: Gamma, cost: float) -> None:
+        self.gamma, self.cost = gamma, cost
         self.acceptance = 0.8
         """Where it starts: optimistic, so that a good draft is used from the first round."""
         self.idle = 0
@@ -122,7 +125,7 @@ class _Pace:
     def next(self) -> int:
         if not self.gamma.adapt:
             return self.gamma.most
-        best = best_gamma(self.acceptance, self.gamma.most, self.gamma.cost)
+        best = best_gamma(self.acceptance, self.gamma.most, self.cost)
         self.idle = self.idle + 1 if best == 0 else 0
         if self.idle == self.RETRY_EVERY:
             self.idle = 0
@@ -169,7 +172,8 @@ class _Run:
             [n < end for n, end in zip(self.prompt_lengths, self.lengths, strict=True)]
         )
         self.log_likelihood = np.zeros(plan.rows)
-        self.paces = [_Pace(gamma) for _ in range(plan.rows)]
+        cost = gamma.cost if gamma.cost is not None else draft.cost(model)
+        self.paces = [_Pace(gamma, cost) for _ in range(plan.rows)]
         self.statistics = Statistics()
         positions = np.arange(plan.columns)
         seeds = plan.seeds[:, None]
