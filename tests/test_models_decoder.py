@@ -7,8 +7,14 @@ import torch
 import torch.nn.functional as F
 
 from chainrule.pipeline import build
-from chainrule.pipeline.models.decoder import Decoder, written_out_attention
-from chainrule.pipeline.models.elementwise import RMSNorm, rotate, swiglu
+from chainrule.pipeline.models.decoder import Decoder
+from chainrule.pipeline.models.kernels import (
+    Linear,
+    RMSNorm,
+    rotate,
+    swiglu,
+    written_out_attention,
+)
 from chainrule.pipeline.models.registry import PRESETS, resolve
 
 SMALL: dict[str, Any] = {"layers": 2, "heads": 2, "width": 16, "mlp_width": 24, "context": 16}
@@ -215,6 +221,19 @@ def test_bf16_training_follows_float32(preset: str) -> None:
     assert torch.allclose(found, wanted, atol=0.1)
     gradient = torch.autograd.grad(-found.mean(), model.blocks[0].attention.qkv.weight)[0]
     assert float(F.cosine_similarity(gradient.flatten(), expected.flatten(), dim=0)) > 0.99
+
+
+@pytest.mark.parametrize("rows", [1, 2, 32, 33])
+@torch.no_grad()
+def test_few_rows_in_bf16_are_the_same_product(rows: int) -> None:
+    torch.manual_seed(0)
+    layer = Linear(64, 48).bfloat16()
+    x = torch.randn(rows, 1, 64).bfloat16()
+    wanted = F.linear(x.float(), layer.weight.float(), layer.bias.float())
+    found = layer(x)
+    assert found.dtype == torch.bfloat16
+    assert found.shape == wanted.shape
+    assert torch.allclose(found.float(), wanted, atol=2e-2)
 
 
 PARAMETERS = {

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from chainrule.pipeline.config import Settings
 from chainrule.pipeline.models.contract import Conditional
+from chainrule.pipeline.models.kernels import Linear
 
 
 class Categorical(Conditional):
@@ -403,7 +404,7 @@ def check_head(head: Head, vocabulary_size: int | None) -> None:
 
 def projection(head: Head, width: int, vocabulary_size: int | None, bias: bool = True) -> nn.Linear:
     """The linear layer from features (..., width) to a head's numbers (..., P)."""
-    layer = nn.Linear(width, head.size(vocabulary_size), bias=bias)
+    layer = Linear(width, head.size(vocabulary_size), bias=bias)
     nn.init.normal_(layer.weight, std=0.02)
     if bias:
         with torch.no_grad():
