@@ -49,8 +49,11 @@ class Draft(ABC):
         """Get ready for rows of these seeds (B,), up to `columns` elements of `size` values."""
 
     def cost(self, model: Autoregressive) -> float:
-        """About what a drafted element costs, in steps of the model."""
-        return 0.0
+        """About what a drafted element costs, in steps of the model.
+
+        Not nothing even where it is looked up: the model's call gets one column wider.
+        """
+        return 0.05
 
     @abstractmethod
     def propose(self, settled: Sequence[Sequence[int]], want: Sequence[int]) -> Proposal:
@@ -121,9 +124,9 @@ class ModelDraft(Draft):
         return Proposal(drafted, torch.stack(chosen, dim=1))
 
     def cost(self, model: Autoregressive) -> float:
-        """The ratio of parameters: what a step reads."""
+        """The ratio of parameters, which is what a step reads."""
         counts = [sum(p.numel() for p in m.parameters()) for m in (self.source, model)]
-        return counts[0] / max(counts[1], 1)
+        return counts[0] / max(counts[1], 1) + super().cost(model)
 
     def _forget_refused(self, settled: Sequence[Sequence[int]]) -> None:
         """Take back what was fed beyond what became of it; the last settled is fed anew."""
