@@ -16,6 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from chainrule.pipeline.artifact import write_json
 from chainrule.pipeline.config import RequestError, Settings, digest, runtime
 from chainrule.pipeline.data.batches import Loader
+from chainrule.pipeline.data.reader import OnDamage
 from chainrule.pipeline.models.registry import build
 from chainrule.pipeline.stage import Input, Stage, StageInterrupted
 from chainrule.pipeline.training import assembly
@@ -75,6 +76,9 @@ class Config(Settings):
     validation_batches: int | None = Field(
         None, ge=1, description="of each validation but the last; null: the whole split"
     )
+    on_damage: OnDamage = runtime(
+        "stop", description="a sample whose bytes were altered: stop, or mask it out and count it"
+    )
     ledger: bool = Field(False, description="write down every sample consumed (chainrule verify)")
     accumulate: int = runtime(1, ge=1, description="micro-batches an update")
     engine: EngineSettings = runtime(EngineSettings())
@@ -108,7 +112,7 @@ def main(config: Config, stage: Stage) -> None:
 def train(config: Config, stage: Stage, engine: Engine, stop: StopSignals) -> None:
     # --- data, model, optimiser ---------------------------------------------------------
     artifacts = stage.inputs["tokens"]
-    sets = assembly.training_sets(artifacts)
+    sets = assembly.training_sets(artifacts, config.on_damage)
     held_out = validation_sets(artifacts)
     model_config = assembly.model_config(config.model, sets)
     model = build(model_config, seed=config.seed)
@@ -233,6 +237,7 @@ def train(config: Config, stage: Stage, engine: Engine, stop: StopSignals) -> No
 
     # --- what it came to ------------------------------------------------------------------
     ledger.close()
+    (damaged,) = engine.sum(sum(tokens.damaged for tokens in sets))
     if stage.is_main:
         stage.summary.update(run.final)
         guesses = [context_free_loss(a, b) for a, b in zip(sets, held_out, strict=True)]
@@ -240,6 +245,8 @@ def train(config: Config, stage: Stage, engine: Engine, stop: StopSignals) -> No
         stage.summary["parameters"] = engine.parameter_count
         stage.summary["tokens_seen"] = run.tokens_seen
         stage.summary["best_step"] = run.best_step
+        if damaged:
+            stage.summary["damaged_samples"] = int(damaged)
         stage.summary["skipped_steps"] = monitor.skipped
         stage.summary["rollbacks"] = monitor.rollbacks
     engine.barrier()

@@ -87,14 +87,14 @@ class TokenSet:
         sample = self.sample(i)
         if sample is None:
             raise ShardError(f"{self.shards.folder}: sample {i} of '{self.split}' is damaged")
-        return self.decode(sample, i), sample.meta
+        return self.decode(sample), sample.meta
 
     def sample(self, i: int) -> Sample | None:
         """Sample `i` as stored; None where it is damaged under skip-and-count."""
         return self.shards.read(self.split, i)
 
-    def decode(self, sample: Sample, i: int) -> np.ndarray:
-        """The token array of sample `i`; ShardError on ids that the vocabulary lacks."""
+    def decode(self, sample: Sample) -> np.ndarray:
+        """The token array of a sample; ShardError on ids that the vocabulary lacks."""
         try:
             tokens = sample.tokens()
         except (KeyError, ValueError) as error:
@@ -127,7 +127,7 @@ class TokenSet:
         sample = self.sample(i)
         if sample is None:
             return None
-        tokens = self.decode(sample, i)
+        tokens = self.decode(sample)
         flat = tokens.reshape(-1)
         if len(flat) < stop:
             raise ShardError(

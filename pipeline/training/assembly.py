@@ -7,6 +7,7 @@ from typing import Any
 from chainrule.pipeline.artifact import Artifact
 from chainrule.pipeline.config import RequestError, Settings, digest
 from chainrule.pipeline.data.batches import Mixture, joint_vocabulary, mixture_of
+from chainrule.pipeline.data.reader import OnDamage
 from chainrule.pipeline.data.tokens import TokenSet
 from chainrule.pipeline.models.registry import FAMILIES, PRESETS, resolve
 
@@ -27,9 +28,9 @@ def known_model(spec: str | dict[str, Any]) -> str | dict[str, Any]:
     return spec
 
 
-def training_sets(artifacts: Sequence[Artifact]) -> list[TokenSet]:
+def training_sets(artifacts: Sequence[Artifact], on_damage: OnDamage = "stop") -> list[TokenSet]:
     """The train split of each token artifact."""
-    return [TokenSet.open(artifact.folder, "train") for artifact in artifacts]
+    return [TokenSet.open(artifact.folder, "train", on_damage) for artifact in artifacts]
 
 
 def mixture(
@@ -103,7 +104,6 @@ def _family(spec: str | dict[str, Any]) -> str:
     if "preset" in spec:
         return str(PRESETS[spec["preset"]]["family"])
     return str(spec["family"])
-
 
 
 def describe(

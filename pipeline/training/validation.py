@@ -76,7 +76,10 @@ def _counts(tokens: TokenSet, at_most: int) -> np.ndarray:
     counts = np.zeros(tokens.vocabulary.size, np.int64)
     used = 0
     for i in range(tokens.samples):
-        array, _ = tokens[i]
+        sample = tokens.sample(i)
+        if sample is None:  # damaged, and counted
+            continue
+        array = tokens.decode(sample)
         counts += np.bincount(array.reshape(-1), minlength=len(counts))
         used += array.size
         if used >= at_most:
