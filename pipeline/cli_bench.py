@@ -1,5 +1,6 @@
 """`chainrule bench`: speeds as ratios within one run."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -89,3 +90,64 @@ def speculative(
         rounds,
     )
     typer.echo(measure.table(rows))
+
+
+FamilyOption = Annotated[list[str] | None, typer.Option("--family", help="gpt2, llama, …")]
+
+
+def _known(option: str, given: list[str] | None, known: Iterable[str]) -> list[str]:
+    """What was given, all of it known; everything where nothing was."""
+    known = list(known)
+    for name in given or []:
+        if name not in known:
+            raise RequestError(f"{option} {name}: unknown{nearest(name, known)}")
+    return given or known
+
+
+@bench.command()
+def step(
+    families: FamilyOption = None,
+    shapes: Annotated[list[str] | None, typer.Option("--shape", help="4x128, 6x384")] = None,
+    dtypes: Annotated[list[str] | None, typer.Option("--dtype", help="float32, bfloat16")] = None,
+    rounds: Annotated[int, typer.Option(min=1)] = 15,
+    device: Annotated[str, typer.Option()] = "cpu",
+    compiled: Annotated[bool, typer.Option("--compile", help="Both compiled.")] = False,
+) -> None:
+    """A decoder's training step against the same shape in `transformers`."""
+    from chainrule.pipeline.models import bench as measure
+    from chainrule.pipeline.sampling.bench import table
+
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        raise RequestError("bench step: transformers is not installed; pip install it") from None
+    rows = measure.step(
+        _known("--family", families, measure.FAMILIES),
+        _known("--shape", shapes or ["4x128"], measure.SHAPES),
+        _known("--dtype", dtypes, ("float32", "bfloat16")),
+        rounds,
+        device,
+        compiled,
+    )
+    typer.echo(table(rows))
+
+
+@bench.command()
+def cursor(
+    families: FamilyOption = None,
+    sides: Annotated[
+        list[int] | None, typer.Option("--side", min=4, help="Events of side x side elements.")
+    ] = None,
+    evaluations: Annotated[int, typer.Option(min=1, help="Of the whole network.")] = 5,
+    batch: Annotated[int, typer.Option(min=1)] = 1,
+    device: Annotated[str, typer.Option()] = "cpu",
+) -> None:
+    """An element through the cursor against the whole network for it, in every family."""
+    from chainrule.pipeline.models import bench as measure
+    from chainrule.pipeline.sampling.bench import table
+
+    names = _known("--family", families, measure.CURSORS)
+    for side in sides or []:
+        if side % 4:
+            raise RequestError(f"--side {side}: PixelCNN++ halves it twice, give a multiple of 4")
+    typer.echo(table(measure.cursor(names, sides or (8, 16, 32), evaluations, batch, device)))
