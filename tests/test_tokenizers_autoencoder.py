@@ -152,6 +152,18 @@ def test_reachable_is_the_share_that_uniform_draws_hit() -> None:
     assert reachable(1, 1) == 1.0
 
 
+def test_gradient_energy_falls_with_blur() -> None:
+    [image] = images(1, 16, 16, 1)
+    blurred = ((image.astype(int) + np.roll(image, 1, 1)) // 2).astype(np.uint8)
+    energies = []
+    for back in (image, blurred):
+        health = Health(4)
+        health.add(image, back, np.zeros((2, 2), np.uint8))
+        energies.append(health.figures()["gradient_energy"])
+    assert energies[0] == 1.0
+    assert energies[1] < 0.8
+
+
 def test_measure_agrees_with_what_encode_and_decode_give() -> None:
     tokenizer = tokenizer_of(downsampling=4)
     batch = images(4, 16, 16)

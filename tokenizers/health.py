@@ -3,6 +3,9 @@
 Usage is the share of codes that occur at all. A small set cannot use a large codebook
 whole, so it is also given against what as many draws from a uniform law would reach:
 `usage_of_reachable` near 1 is as good as can be seen, near 0 a collapse.
+
+`gradient_energy` is the sharpness of reconstructions: their squared differences between
+neighbouring pixels over the originals'; below 1 they are blurred.
 """
 
 import math
@@ -31,6 +34,8 @@ class Health:
     values: int = 0
     psnr_sum: float = 0.0
     exact: int = 0
+    edges: float = 0.0
+    edges_back: float = 0.0
     sum: float = 0.0
     sum_of_squares: float = 0.0
 
@@ -46,6 +51,8 @@ class Health:
             self.exact += 1
         else:
             self.psnr_sum += 10 * math.log10(255**2 * x.size / squared)
+        self.edges += _gradient_energy(x)
+        self.edges_back += _gradient_energy(back.astype(np.float64))
         self.values += x.size
         self.sum += float(x.sum())
         self.sum_of_squares += float((x**2).sum())
@@ -71,9 +78,16 @@ class Health:
             "mse": mse,
             "normalised_mse": mse / variance if variance > 0 else 0.0,
         }
+        if self.edges > 0:
+            figures["gradient_energy"] = self.edges_back / self.edges
         if self.images > self.exact:
             figures["psnr"] = self.psnr_sum / (self.images - self.exact)
         return figures
+
+
+def _gradient_energy(image: np.ndarray) -> float:
+    """Sum of squared differences between neighbouring pixels."""
+    return float((np.diff(image, axis=0) ** 2).sum() + (np.diff(image, axis=1) ** 2).sum())
 
 
 def measure(tokenizer: Tokenizer, batches: Iterable[Sequence[np.ndarray]]) -> dict[str, Any]:
