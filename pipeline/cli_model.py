@@ -224,3 +224,12 @@ def job_module_by_verb(verb: str) -> Any:
     import importlib
 
     return importlib.import_module(f"chainrule.jobs.{verb}")
+
+
+@app.command()
+def gallery(
+    run: Annotated[Path, typer.Argument(help="A run folder, or one sample artifact.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The page to write.")] = None,
+) -> None:
+    """Write a page to look through samples: surprise, nearest training data, tokens."""
+    typer.echo(job_module_by_verb("gallery").write_gallery(run, out))
