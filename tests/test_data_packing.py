@@ -117,12 +117,10 @@ def test_first_fit_decreasing_is_first_fit_decreasing(items: list[int]) -> None:
 
 def test_ten_million_documents_pack_and_resume_in_two_seconds() -> None:
     lengths = np.random.default_rng(0).lognormal(6, 1.2, 10_000_000).astype(np.int64) + 1
-    began = time.perf_counter()
+    began = time.thread_time()
     rows = PackedRows(lengths, 2048, seed=1)
-    built = time.perf_counter() - began
-    began = time.perf_counter()
-    rows.pieces(0, np.arange(len(rows) - 64, len(rows)))
-    batch = time.perf_counter() - began
+    last = rows.pieces(0, np.arange(len(rows) - 64, len(rows)))
+    took = time.thread_time() - began
     assert rows.waste < 0.01
-    assert built < 10  # seconds; about one on a quiet core
-    assert batch < 0.5
+    assert len(np.unique(last.row)) == 64
+    assert took < 2.0  # seconds of processor time: others may use the core meanwhile

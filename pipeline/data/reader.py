@@ -19,7 +19,6 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -345,8 +344,3 @@ class Shards:
         # Descriptors, not file objects: an unclosed one would otherwise leak with the set.
         for descriptor in getattr(self, "_files", {}).values():
             os.close(descriptor)
-
-
-def starts(entries: list[dict[str, Any]]) -> list[int]:
-    """Number of the first sample of each shard, counted over all of them."""
-    return [0, *accumulate(entry["samples"] for entry in entries)][:-1]
