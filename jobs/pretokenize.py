@@ -12,81 +12,34 @@ A collapsed codebook is refused before anything is encoded (`minimum_usage`).
 """
 
 import math
+import tempfile
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from chainrule.pipeline.artifact import read_json, write_json
+from chainrule.pipeline.artifact import Artifact, read_json, write_json
 from chainrule.pipeline.config import Settings, runtime
 from chainrule.pipeline.data.reader import Sample, Shards
 from chainrule.pipeline.data.shards import ShardWriter, finish, finished, key_of
 from chainrule.pipeline.stage import Input, Stage, StageFailed
 from chainrule.tokenizers import interface
 from chainrule.tokenizers.interface import Tokenizer, TokenizerError
+from chainrule.tokenizers.views import Views
 
 INPUTS: dict[str, Input] = {
     "data": Input(("ingest",)),
     "tokenizer": Input(("train_tokenizer",)),
 }
-
-
-class Views(Settings):
-    """Windows and mirror images baked into the shards: each training image gives several samples.
-
-    LlamaGen's ten-crop (Sun et al. 2024, section 3.1) is `{crops: five, size: 256, flip: true}`.
-    A validation image gives one: its centre, or the whole.
-    """
-
-    crops: Literal["whole", "center", "five"] = Field(
-        "whole", description="five: the corners and the centre"
-    )
-    size: int | None = Field(None, ge=1, description="side of a window, in pixels")
-    flip: bool = Field(False, description="each view mirrored as well")
-
-    @model_validator(mode="after")
-    def _windows_have_a_size(self) -> "Views":
-        if (self.crops == "whole") != (self.size is None):
-            raise ValueError("size is for crops center and five, and needed by them")
-        return self
-
-    def count(self, split: str) -> int:
-        if split != "train":
-            return 1
-        return (5 if self.crops == "five" else 1) * (2 if self.flip else 1)
-
-    def of(self, image: np.ndarray, split: str) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
-        """Each view of uint8 (H, W, C), with what was done to it. TokenizerError if too small."""
-        height, width = image.shape[:2]
-        places: list[tuple[int, int] | None] = [None]
-        if self.size is not None:
-            down, right = height - self.size, width - self.size
-            if min(down, right) < 0:
-                raise TokenizerError(
-                    f"image of {height}x{width} is smaller than views.size {self.size}"
-                )
-            places = [(down // 2, right // 2)]
-            if self.crops == "five" and split == "train":
-                places += [(0, 0), (0, right), (down, 0), (down, right)]
-        for mirrored in (False, True) if self.flip and split == "train" else (False,):
-            for place in places:
-                view = image
-                done: dict[str, Any] = {}
-                if place is not None and self.size is not None:
-                    top, left = place
-                    view = view[top : top + self.size, left : left + self.size]
-                    done["crop"] = [top, left, self.size, self.size]
-                if mirrored:
-                    view, done["flip"] = view[:, ::-1], True
-                yield done, np.ascontiguousarray(view)
 
 
 class Config(Settings):
@@ -398,3 +351,42 @@ def write_index(config: Config, stage: Stage, shards: Shards, tokenizer: Tokeniz
         stage.summary[f"{split}_tokens"] = sum(entry["tokens"] for entry in entries)
     stage.summary["skipped"] = index["skipped"]
     stage.summary["tokenizer_fingerprint"] = tokenizer.fingerprint
+
+
+# --- chainrule bench pretokenize --------------------------------------------------------
+
+
+def bench(
+    data: Path, tokenizer: Path, config: Config, samples: int, rounds: int
+) -> list[dict[str, Any]]:
+    """The job against its bare encoder on ready batches: the same samples, turn about.
+
+    As many whole training shards as hold `samples` samples. Median of `rounds`.
+    """
+    inputs = {"data": [Artifact.bare(data)], "tokenizer": [Artifact.bare(tokenizer)]}
+    speeds: dict[str, list[float]] = {"bare": [], "job": []}
+    with tempfile.TemporaryDirectory() as top:
+        stage = Stage("bench", "", "pretokenize", Path(top), "", inputs)
+        shards, encoder = open_inputs(config, stage)
+        counts = [0, *accumulate(entry["samples"] for entry in shards.entries)]
+        enough = next((i for i, n in enumerate(counts) if n >= samples), len(counts) - 1)
+        del shards.entries[enough:]
+        batches = [
+            [piece for piece in batch if piece.fault is None]
+            for number in range(enough)
+            for batch in _pieces(shards, number, config)
+        ]
+        ready = sum(map(len, batches))
+        _encode(encoder, batches[0])  # what is loaded or built at the first call
+        for turn in range(rounds):
+            began = time.perf_counter()
+            for batch in batches:
+                _encode(encoder, batch)
+            speeds["bare"].append(ready / (time.perf_counter() - began))
+            stage.folder = Path(top) / str(turn)
+            stage.folder.mkdir()
+            began = time.perf_counter()
+            encode_shards(config, stage, shards, encoder, 0, 1)
+            speeds["job"].append(ready / (time.perf_counter() - began))
+    bare, job = (float(np.median(speeds[name])) for name in ("bare", "job"))
+    return [{"samples": ready, "bare/s": bare, "job/s": job, "job/bare": job / bare}]

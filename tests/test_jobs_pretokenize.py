@@ -23,6 +23,7 @@ from chainrule.tokenizers.bytes import ByteTokenizer
 from chainrule.tokenizers.interface import Tokenizer
 from chainrule.tokenizers.mulaw import MuLawSettings, MuLawTokenizer
 from chainrule.tokenizers.pixels import PixelSettings, PixelTokenizer
+from chainrule.tokenizers.views import Views
 from chainrule.tokenizers.vqvae import VQVAESettings, VQVAETokenizer
 
 
@@ -254,7 +255,7 @@ def test_ten_crops_are_baked_in_and_recorded(digits: Artifact, tmp_path: Path) -
     with pytest.raises(StageFailed, match=r"8x8 is smaller than views\.size 9"):
         run(tmp_path / "large", digits, tokenizer, views={"crops": "center", "size": 9})
     with pytest.raises(ValidationError, match="size is for crops"):
-        pretokenize.Views(crops="five")
+        Views(crops="five")
 
 
 # --- what cannot be used ----------------------------------------------------------------
@@ -363,3 +364,10 @@ def test_pixels_of_colour_images_and_waves(tmp_path: Path) -> None:
     other = saved(MuLawTokenizer(MuLawSettings(), 16000), tmp_path / "other")
     with pytest.raises(StageFailed, match="8000 Hz.*16000 Hz"):
         run(tmp_path / "mismatch", data, other)
+
+
+def test_bench_measures_the_job_against_its_encoder(digits: Artifact, vqvae: Artifact) -> None:
+    config = pretokenize.Config()
+    [row] = pretokenize.bench(digits.folder, vqvae.folder, config, samples=400, rounds=1)
+    assert row["samples"] == 600
+    assert row["job/bare"] == pytest.approx(row["job/s"] / row["bare/s"])
