@@ -1,153 +1,129 @@
-"""`chainrule bench`: speeds as ratios within one run."""
+"""`chainrule bench …`: ratios measured in one run, printed as tables that anyone can make again."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from chainrule.pipeline.artifact import Artifact
-from chainrule.pipeline.cli import ModelArgument, app
-from chainrule.pipeline.cli_model import JobSetOption, job_module, settings
+from chainrule.pipeline.artifact import Artifact, require_same
+from chainrule.pipeline.cli import app
 from chainrule.pipeline.config import RequestError, nearest
 
-bench = typer.Typer(help="Measure speeds, as ratios within one run.", rich_markup_mode=None)
+bench = typer.Typer(help="Measure speed: ratios in one run.", rich_markup_mode=None)
 app.add_typer(bench, name="bench")
 
-
-@bench.command()
-def decode(
-    models: Annotated[
-        list[str] | None, typer.Option("--model", help="gpt2-10m, llama-10m, gpt2-124m, …")
-    ] = None,
-    batches: Annotated[list[int] | None, typer.Option("--batch", min=1)] = None,
-    dtypes: Annotated[list[str] | None, typer.Option("--dtype", help="float32, bfloat16")] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Drawn after a prompt of 16.")] = 64,
-    rounds: Annotated[int, typer.Option(min=1)] = 3,
-    device: Annotated[str, typer.Option()] = "cpu",
-) -> None:
-    """Cached decoding against `transformers`, equal weights, and the bandwidth bound."""
-    from chainrule.pipeline.sampling import bench as measure
-
-    names = models or list(measure.MODELS)
-    for name in names:
-        if name not in measure.MODELS:
-            raise RequestError(f"--model {name}: unknown{nearest(name, list(measure.MODELS))}")
-    for dtype in dtypes or []:
-        if dtype not in ("float32", "bfloat16"):
-            raise RequestError(f"--dtype {dtype}: known: float32, bfloat16")
-    most = min(measure.MODELS[name]["context"] for name in names) - measure.PROMPT
-    if tokens > most:
-        raise RequestError(f"--tokens {tokens}: at most {most} fit after the prompt")
-    rows = measure.decode(names, batches or (1, 32), dtypes or ("float32",), tokens, rounds, device)
-    typer.echo(measure.table(rows))
+DtypesOption = Annotated[list[str] | None, typer.Option("--dtype", help="float32, bfloat16")]
+RoundsOption = Annotated[int, typer.Option(min=1, help="Times that each contestant is measured.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda")]
 
 
-@bench.command()
-def speculative(
-    model: ModelArgument,
-    draft: Annotated[
-        Path | None, typer.Option(help="A draft's model folder (see the job distill).")
-    ] = None,
-    layers: Annotated[
-        int | None, typer.Option(min=1, help="Also the model's own first layers.")
-    ] = None,
-    prompt: Annotated[list[str] | None, typer.Option("--prompt")] = None,
-    tokens: Annotated[int | None, typer.Option(min=2, help="After the prompt.")] = None,
-    gamma: Annotated[int, typer.Option(min=1, help="Elements drafted at once, at most.")] = 4,
-    batches: Annotated[list[int] | None, typer.Option("--batch", min=1)] = None,
-    rounds: Annotated[int, typer.Option(min=1)] = 3,
-    overrides: JobSetOption = None,
-) -> None:
-    """Acceptance, draft cost, the formula's speed-up and the measured one, gamma fixed and not.
-
-    --set takes settings of `sample`: temperature, top_p, guidance.scale, …
-    """
-    from chainrule.pipeline.sampling import bench as measure
-    from chainrule.pipeline.sampling.drafts import ModelDraft, NgramDraft, first_layers
-    from chainrule.pipeline.sampling.speculative import Gamma
-
-    job: Any = job_module("sample")
-    config = settings("sample", {"prompts": prompt, "length": tokens}, overrides)
-    source = job.open_source(model, config.device, config.dtype)
-    request = job.settle(config, source)
-    drafts: dict[str, Any] = {"n-gram": NgramDraft()}
-    if layers is not None:
-        try:
-            drafts[f"first {layers}"] = ModelDraft(first_layers(source.model, layers))
-        except ValueError as error:
-            raise RequestError(f"--layers: {error}") from None
-    if draft is not None:
-        drafts["draft"] = job.open_draft(config, source, Artifact.bare(draft))
-    gammas = [Gamma(most=gamma, adapt=False), Gamma(most=gamma)]
-    rows = measure.speculative(
-        source.model,
-        drafts,
-        lambda batch: request.plan(range(batch)),
-        request.rules,
-        batches or (1, 8),
-        gammas,
-        rounds,
-    )
-    typer.echo(measure.table(rows))
-
-
-FamilyOption = Annotated[list[str] | None, typer.Option("--family", help="gpt2, llama, …")]
-
-
-def _known(option: str, given: list[str] | None, known: Iterable[str]) -> list[str]:
-    """What was given, all of it known; everything where nothing was."""
-    known = list(known)
+def _chosen(option: str, given: list[str] | None, known: Any) -> list[str]:
     for name in given or []:
         if name not in known:
-            raise RequestError(f"{option} {name}: unknown{nearest(name, known)}")
-    return given or known
+            raise RequestError(f"--{option} {name}: not known{nearest(name, list(known))}")
+    return list(given or known)
 
 
-@bench.command()
-def step(
-    families: FamilyOption = None,
-    shapes: Annotated[list[str] | None, typer.Option("--shape", help="4x128, 6x384")] = None,
-    dtypes: Annotated[list[str] | None, typer.Option("--dtype", help="float32, bfloat16")] = None,
-    rounds: Annotated[int, typer.Option(min=1)] = 15,
-    device: Annotated[str, typer.Option()] = "cpu",
-    compiled: Annotated[bool, typer.Option("--compile", help="Both compiled.")] = False,
-) -> None:
-    """A decoder's training step against the same shape in `transformers`."""
-    from chainrule.pipeline.models import bench as measure
+def _print(rows: list[dict[str, Any]]) -> None:
     from chainrule.pipeline.sampling.bench import table
 
-    try:
-        import transformers  # noqa: F401
-    except ImportError:
-        raise RequestError("bench step: transformers is not installed; pip install it") from None
-    rows = measure.step(
-        _known("--family", families, measure.FAMILIES),
-        _known("--shape", shapes or ["4x128"], measure.SHAPES),
-        _known("--dtype", dtypes, ("float32", "bfloat16")),
-        rounds,
-        device,
-        compiled,
-    )
     typer.echo(table(rows))
 
 
 @bench.command()
-def cursor(
-    families: FamilyOption = None,
-    sides: Annotated[
-        list[int] | None, typer.Option("--side", min=4, help="Events of side x side elements.")
-    ] = None,
-    evaluations: Annotated[int, typer.Option(min=1, help="Of the whole network.")] = 5,
-    batch: Annotated[int, typer.Option(min=1)] = 1,
-    device: Annotated[str, typer.Option()] = "cpu",
+def step(
+    family: Annotated[list[str] | None, typer.Option(help="Which decoders.")] = None,
+    shape: Annotated[list[str] | None, typer.Option(help="4x128, 6x384")] = None,
+    dtype: DtypesOption = None,
+    rounds: RoundsOption = 15,
+    device: DeviceOption = "cpu",
+    compiled: Annotated[bool, typer.Option("--compile", help="torch.compile in both.")] = False,
 ) -> None:
-    """An element through the cursor against the whole network for it, in every family."""
-    from chainrule.pipeline.models import bench as measure
-    from chainrule.pipeline.sampling.bench import table
+    """A training step of each decoder against the same shape in `transformers`."""
+    from chainrule.pipeline.models import bench as models
 
-    names = _known("--family", families, measure.CURSORS)
-    for side in sides or []:
-        if side % 4:
-            raise RequestError(f"--side {side}: PixelCNN++ halves it twice, give a multiple of 4")
-    typer.echo(table(measure.cursor(names, sides or (8, 16, 32), evaluations, batch, device)))
+    families = _chosen("family", family, models.FAMILIES)
+    shapes = _chosen("shape", shape or ["4x128"], models.SHAPES)
+    dtypes = _chosen("dtype", dtype, ("float32", "bfloat16"))
+    _print(models.step(families, shapes, dtypes, rounds, device, compiled))
+
+
+@bench.command()
+def cursor(
+    family: Annotated[list[str] | None, typer.Option(help="Which families.")] = None,
+    side: Annotated[list[int] | None, typer.Option(help="Sides of the pictures.")] = None,
+    evaluations: Annotated[int, typer.Option(min=1)] = 5,
+    batch: Annotated[int, typer.Option(min=1)] = 1,
+    device: DeviceOption = "cpu",
+) -> None:
+    """An element through the cursor against evaluating the whole network for it."""
+    from chainrule.pipeline.models import bench as models
+
+    families = _chosen("family", family, models.CURSORS)
+    _print(models.cursor(families, side or (8, 16, 32), evaluations, batch, device))
+
+
+@bench.command()
+def decode(
+    model: Annotated[list[str] | None, typer.Option(help="Which models.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Batch sizes.")] = None,
+    dtype: DtypesOption = None,
+    tokens: Annotated[int, typer.Option(min=1)] = 64,
+    rounds: RoundsOption = 3,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Cached greedy generation against `transformers.generate`, and the share of the bound."""
+    from chainrule.pipeline.sampling import bench as sampling
+
+    names = _chosen("model", model, sampling.MODELS)
+    dtypes = _chosen("dtype", dtype or ["float32"], ("float32", "bfloat16"))
+    _print(sampling.decode(names, batch or (1, 32), dtypes, tokens, rounds, device))
+
+
+@bench.command()
+def speculative(
+    model: Annotated[Path, typer.Argument(help="A handed-off text model.")],
+    draft: Annotated[
+        Path | None, typer.Option(help="A distilled draft; default: n-grams of the prompt.")
+    ] = None,
+    prompt: Annotated[str, typer.Option()] = "def ",
+    tokens: Annotated[int, typer.Option(min=1)] = 128,
+    gamma: Annotated[int, typer.Option(min=1, help="Elements a draft, at most.")] = 4,
+    batch: Annotated[list[int] | None, typer.Option(help="Batch sizes.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0)] = 1.0,
+    rounds: RoundsOption = 3,
+) -> None:
+    """Acceptance, draft cost, the formula's speed-up and the measured one."""
+    from chainrule.pipeline.catalogue import job_module
+    from chainrule.pipeline.sampling import bench as sampling
+    from chainrule.pipeline.sampling.drafts import ModelDraft, NgramDraft
+    from chainrule.pipeline.sampling.request import settle
+    from chainrule.pipeline.sampling.speculative import Gamma
+
+    job: Any = job_module("sample")
+    source = job.open_source(model)
+    request = settle(
+        job.Config(prompts=[prompt], length=tokens, temperature=temperature, end_at=[]), source
+    )
+    drafts: dict[str, Any] = {"n-gram": NgramDraft()}
+    if draft is not None:
+        card = Artifact.bare(draft).card
+        require_same(
+            "tokenizers of model and draft",
+            source.card["tokenizer"]["fingerprint"],
+            str(model),
+            card["tokenizer"]["fingerprint"],
+            str(draft),
+        )
+        drafts["model"] = ModelDraft(job.open_source(draft).model)
+    _print(
+        sampling.speculative(
+            source.model,
+            drafts,
+            lambda size: request.plan(range(size)),
+            request.rules,
+            batch or (1, 8),
+            (Gamma(most=gamma, adapt=False), Gamma(most=gamma)),
+            rounds,
+        )
+    )

@@ -170,9 +170,17 @@ def compress(
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Decode before calling it done.")
     ] = True,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the container.")] = False,
+    adapt: Annotated[
+        bool, typer.Option("--adapt", help="Let the model learn while it codes (slow).")
+    ] = False,
 ) -> None:
     """Compress files under a model's likelihood; they come back bit for bit."""
-    reports = job_module("compress").compress_files(model, files, out, verify=verify)
+    from chainrule.pipeline.coding.adapt import Adapt
+    from chainrule.pipeline.coding.blocks import Layout
+
+    layout = Layout(adapt=Adapt() if adapt else None)
+    reports = job_module("compress").compress_files(model, files, out, verify, layout, force=force)
     for report in reports:
         ideal = f", ideal {report.ideal_bytes:,.0f}" if report.ideal_bytes is not None else ""
         how = report.how + (f" ({report.why})" if report.why else "")
@@ -186,13 +194,18 @@ def compress(
 @app.command()
 def decompress(
     container: Annotated[Path, typer.Argument(help="A container that compress wrote (.cr).")],
-    model: Annotated[Path, typer.Option("--model", "-m", help="The model it was made with.")],
+    model: Annotated[
+        Path | None,
+        typer.Option("--model", "-m", help="The model it was made with (default: where it lay)."),
+    ] = None,
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder for the files; none is overwritten.")
-    ] = Path("."),
+        Path | None,
+        typer.Option("--out", "-o", help="Folder for the files (default: the container's own)."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite files.")] = False,
 ) -> None:
     """Give back the files of a container, or refuse before anything is written."""
-    for path in job_module("compress").decompress_file(container, model, out):
+    for path in job_module("compress").decompress_file(container, model, out, force=force):
         typer.echo(path)
 
 
@@ -217,6 +230,21 @@ def verify(
     if not run.is_dir():
         raise ArtifactError(f"{run}: no such folder")
     raise typer.Exit(DONE if job_module_by_verb("verify").main(run, typer.echo) else FAILED)
+
+
+@app.command()
+def scoreboard(
+    models: Annotated[list[Path], typer.Argument(help="Model folders.")],
+    data: Annotated[Path, typer.Option(help="An ingest artifact: the files, its validation.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the tables.")] = Path(
+        "scoreboard"
+    ),
+    overrides: JobSetOption = None,
+) -> None:
+    """Models and codecs on one axis over one set of files."""
+    config = settings("scoreboard", {}, overrides)
+    for line in job_module("scoreboard").scoreboard(models, data, out, config):
+        typer.echo(line)
 
 
 def job_module_by_verb(verb: str) -> Any:
