@@ -266,6 +266,31 @@ def test_invalid_utf8_is_named_or_replaced(tmp_path: Path) -> None:
     assert texts(Text(kind="text", path=tmp_path, invalid="replace").open())[1] == "b\ufffdd"
 
 
+def test_packed_files_and_files_larger_than_a_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import zstandard
+
+    monkeypatch.setattr("chainrule.pipeline.data.text.CHUNK", 50)
+    lines = [json.dumps({"text": "x" * (i % 37), "n": i}) for i in range(40)]
+    content = ("\n".join(lines) + "\n").encode()
+    packed = {
+        "a.jsonl": content,
+        "b.jsonl.gz": gzip.compress(content),
+        "c.jsonl.zst": zstandard.compress(content[:300]) + zstandard.compress(content[300:]),
+    }
+    for name, data in packed.items():
+        (tmp_path / name).write_bytes(data)
+    source = Text(kind="text", path=tmp_path).open()
+    assert texts(source) == 3 * ["x" * (i % 37) for i in range(40)]
+    assert source.where(45) == "b.jsonl.gz, line 6"
+    for name in ("b.jsonl.gz", "c.jsonl.zst"):
+        (tmp_path / name).write_bytes(packed[name][:-9])
+        source = Text(kind="text", path=tmp_path / name).open()
+        with pytest.raises(Unreadable, match="damaged"):
+            source.read(0)
+
+
 def test_empty_texts_are_no_documents(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("")
     with pytest.raises(SourceError, match="holds no documents"):

@@ -1,9 +1,13 @@
 """Sources of text. A sample is one document, kept character for character."""
 
+import gzip
 import io
 import json
+import mmap
+import os
 import sysconfig
 import tokenize
+import zlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,15 +26,23 @@ from chainrule.pipeline.data.sources import (
 )
 
 JSON_LINES = (".jsonl", ".ndjson")
+COMPRESSED = (".gz", ".zst")
+CHUNK = 1 << 26  # bytes of a file looked at together for line ends
+
+Content = bytes | mmap.mmap
 
 
 class Text(SourceSettings):
-    """A text file, a JSONL file, or a folder (or tar) of either."""
+    """A text file, a JSONL file, or a folder (or tar) of either; gzip or Zstandard too.
+
+    Plain files are mapped, not read: they may be larger than memory.
+    """
 
     kind: Literal["text"]
     path: Path
     suffixes: list[str] = Field(
-        [".txt", ".md", ".rst", *JSON_LINES], description="files taken from a folder or tar"
+        [".txt", ".md", ".rst", *JSON_LINES],
+        description="files taken from a folder or tar, also with .gz or .zst behind",
     )
     document: Literal["file", "line", "paragraph"] = Field(
         "file", description="what a document of a plain file is (JSONL: always a line)"
@@ -47,94 +59,136 @@ class Text(SourceSettings):
         return _Documents(self)
 
     def files(self) -> list[Path]:
-        if self.path.is_file() and not self.path.name.endswith(ARCHIVES):
+        if self.one_file:
             return [self.path]
-        return tree_files(self.path, self.suffixes)
+        return tree_files(self.path, self.all_suffixes)
 
+    @property
+    def one_file(self) -> bool:
+        return self.path.is_file() and not self.path.name.endswith(ARCHIVES)
 
-class _OneFile:
-    """A single file, with the interface of a Tree."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.names = path, [path.name]
-
-    def read(self, name: str) -> bytes:
-        try:
-            return self.path.read_bytes()
-        except OSError as error:
-            raise Unreadable(error.strerror or str(error)) from None
+    @property
+    def all_suffixes(self) -> list[str]:
+        return [suffix + behind for suffix in self.suffixes for behind in ("", *COMPRESSED)]
 
 
 class _Documents(Source):
-    """Documents as (file, start, stop) in bytes; reading one reads its file's bytes once."""
+    """Documents as (file, start, stop) in bytes; the file at hand is kept, mapped or unpacked."""
 
     modality, what = "text", "document"
 
     def __init__(self, settings: Text) -> None:
         self._settings = settings
         path = settings.path
-        self._tree: Tree | _OneFile
-        if path.is_file() and not path.name.endswith(ARCHIVES):
-            self._tree = _OneFile(path)
-        else:
-            self._tree = Tree(path, settings.suffixes)
-        self._held: tuple[int, bytes] | None = None
-        files, starts, stops = [], [], []
-        for number in range(len(self._tree.names)):
-            for start, stop in self._cuts(number):
-                files.append(number)
-                starts.append(start)
-                stops.append(stop)
-        if not files:
+        self._tree = None if settings.one_file else Tree(path, settings.all_suffixes)
+        self._names = [path.name] if self._tree is None else self._tree.names
+        self._held: tuple[int, Content] | None = None
+        cuts = [self._cuts(number) for number in range(len(self._names))]
+        self._files = np.repeat(np.arange(len(cuts)), [len(cut) for cut in cuts])
+        if not len(self._files):
             raise SourceError(f"{path}: holds no documents (its files are empty)")
-        self._files = np.array(files, np.int64)
-        self._starts, self._stops = np.array(starts, np.int64), np.array(stops, np.int64)
+        self._starts, self._stops = np.concatenate(cuts).T
 
-    def _content(self, file: int) -> bytes:
+    def _content(self, file: int) -> Content:
         if self._held is None or self._held[0] != file:
-            self._held = (file, self._tree.read(self._tree.names[file]))
+            name = self._names[file]
+            if self._tree is None:
+                content = _mapped(self._settings.path)
+            elif self._tree.path.is_dir():
+                content = _mapped(self._tree.path / name)
+            else:
+                content = self._tree.read(name)
+            self._held = (file, _unpacked(content, name))
         return self._held[1]
 
-    def _cuts(self, file: int) -> list[tuple[int, int]]:
+    def _is_json(self, file: int) -> bool:
+        name = self._names[file]
+        for behind in COMPRESSED:
+            name = name.removesuffix(behind)
+        return name.endswith(JSON_LINES)
+
+    def _cuts(self, file: int) -> np.ndarray:
+        """int64 (documents, 2): [start, stop) of each document of a file."""
         try:
             data = self._content(file)
         except Unreadable:
-            return [(0, 0)]  # read again, and named, when its turn comes
-        name = self._tree.names[file]
-        if name.endswith(JSON_LINES) or self._settings.document == "line":
-            cuts = [(a, b) for a, b in _lines(data) if data[a:b].strip()]
+            return np.zeros((1, 2), np.int64)  # read again, and named, when its turn comes
+        if self._is_json(file) or self._settings.document == "line":
+            cuts = _lines(data)
+            cuts = cuts[_not_blank(data, cuts)]
         elif self._settings.document == "paragraph":
             cuts = _paragraphs(data)
         else:
-            cuts = [(0, len(data))] if data else []
-        if self._settings.document_bytes is not None and not name.endswith(JSON_LINES):
-            cuts = [c for a, b in cuts for c in _pieces(data, a, b, self._settings.document_bytes)]
+            cuts = np.array([[0, len(data)]] if len(data) else [], np.int64).reshape(-1, 2)
+        most = self._settings.document_bytes
+        if most is not None and not self._is_json(file):
+            pieces = [piece for a, b in cuts.tolist() for piece in _pieces(data, a, b, most)]
+            cuts = np.array(pieces, np.int64).reshape(-1, 2)
         return cuts
 
     def __len__(self) -> int:
         return len(self._files)
 
     def where(self, i: int) -> str:
-        name = self._tree.names[self._files[i]]
+        file = int(self._files[i])
         whole = self._settings.document == "file" and self._settings.document_bytes is None
-        if whole and not name.endswith(JSON_LINES):
-            return name
-        line = self._content(int(self._files[i])).count(b"\n", 0, int(self._starts[i])) + 1
-        return f"{name}, line {line}"
+        if whole and not self._is_json(file):
+            return self._names[file]
+        data, start = self._content(file), int(self._starts[i])
+        before = sum(
+            data[at : min(at + CHUNK, start)].count(b"\n") for at in range(0, start, CHUNK)
+        )
+        return f"{self._names[file]}, line {before + 1}"
 
     def read(self, i: int) -> Raw:
         file = int(self._files[i])
-        data = self._content(file)[self._starts[i] : self._stops[i]]
-        name = self._tree.names[file]
-        meta: dict[str, Any] = {"source": name}
-        if len(self._files) != len(self._tree.names):
+        data = self._content(file)[int(self._starts[i]) : int(self._stops[i])]
+        meta: dict[str, Any] = {"source": self._names[file]}
+        if len(self._files) != len(self._names):
             meta["offset"] = int(self._starts[i])
-        if name.endswith(JSON_LINES):
+        if self._is_json(file):
             text = _field(data, self._settings.field)
         else:
             text = _decode(data, self._settings.invalid)
         encoded = text.encode("utf-8")
         return Raw({"txt": encoded, "json": meta | {"bytes": len(encoded)}}, len(encoded))
+
+
+def _mapped(path: Path) -> Content:
+    try:
+        with open(path, "rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                return b""  # nothing to map
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise Unreadable(error.strerror or str(error)) from None
+
+
+def _unpacked(content: Content, name: str) -> Content:
+    try:
+        if name.endswith(".gz"):
+            return gzip.decompress(content)
+        if name.endswith(".zst"):
+            return _unpack_zstandard(content[:])
+    except (OSError, EOFError, zlib.error) as error:
+        raise Unreadable(f"damaged: {error}") from None
+    return content
+
+
+def _unpack_zstandard(data: bytes) -> bytes:
+    import zstandard
+
+    unpacked = []
+    try:
+        while data:  # frame by frame
+            unpacker = zstandard.ZstdDecompressor().decompressobj()
+            unpacked.append(unpacker.decompress(data))
+            if not unpacker.eof:
+                raise Unreadable("damaged: the last frame is cut")
+            data = unpacker.unused_data
+    except zstandard.ZstdError as error:
+        raise Unreadable(f"damaged: {error}") from None
+    return b"".join(unpacked)
 
 
 def _decode(data: bytes, invalid: str) -> str:
@@ -164,30 +218,39 @@ def _field(line: bytes, field: str) -> str:
     return text
 
 
-def _lines(data: bytes) -> list[tuple[int, int]]:
-    """(start, stop) of each line, without its line end."""
-    ends = np.flatnonzero(np.frombuffer(data, np.uint8) == 10).tolist()
-    if not data.endswith(b"\n") and data:
-        ends.append(len(data))
-    return list(zip([0, *(end + 1 for end in ends[:-1])], ends, strict=False)) if ends else []
+def _lines(data: Content) -> np.ndarray:
+    """int64 (lines, 2): [start, stop) of each line, without its line end."""
+    found = [
+        np.flatnonzero(np.frombuffer(data[at : at + CHUNK], np.uint8) == ord("\n")) + at
+        for at in range(0, len(data), CHUNK)
+    ]
+    stops = np.concatenate([np.zeros(0, np.int64), *found])
+    if len(data) and data[-1:] != b"\n":
+        stops = np.append(stops, len(data))
+    starts = np.concatenate([np.zeros(min(len(stops), 1), np.int64), stops[:-1] + 1])
+    return np.stack([starts, stops], axis=1)
 
 
-def _paragraphs(data: bytes) -> list[tuple[int, int]]:
-    """Runs of lines that are not blank, with their line ends."""
-    cuts: list[tuple[int, int]] = []
-    start = None
-    for a, b in _lines(data):
-        if data[a:b].strip():
-            start = a if start is None else start
-        elif start is not None:
-            cuts.append((start, a))
-            start = None
-    if start is not None:
-        cuts.append((start, len(data)))
-    return cuts
+def _not_blank(data: Content, cuts: np.ndarray) -> np.ndarray:
+    """Which of the spans hold more than white space."""
+    solid = np.zeros(len(cuts), np.bool_)
+    for at in range(0, len(cuts), 1 << 20):  # as lists of numbers they are large
+        part = cuts[at : at + (1 << 20)].tolist()
+        solid[at : at + len(part)] = [bool(data[a:b].strip()) for a, b in part]
+    return solid
 
 
-def _pieces(data: bytes, start: int, stop: int, most: int) -> list[tuple[int, int]]:
+def _paragraphs(data: Content) -> np.ndarray:
+    """int64 (paragraphs, 2): runs of lines that are not blank, with their line ends."""
+    lines = _lines(data)
+    solid = np.concatenate([[False], _not_blank(data, lines), [False]])
+    first = np.flatnonzero(~solid[:-1] & solid[1:])
+    behind = np.flatnonzero(solid[:-1] & ~solid[1:])  # the line after the last
+    ends = np.append(lines[:, 0], len(data))
+    return np.stack([lines[first, 0], ends[behind]], axis=1)
+
+
+def _pieces(data: Content, start: int, stop: int, most: int) -> list[tuple[int, int]]:
     """[start, stop) in pieces of at most `most` bytes, cut after a line end where there is one.
 
     A line longer than `most` is cut between characters.
