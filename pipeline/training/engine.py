@@ -24,6 +24,7 @@ DeepSpeed 0.19, each seen happening):
 
 import os
 import socket
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -114,12 +115,12 @@ class Engine:
         self.stage = int(strategy[-1]) if strategy.startswith("zero") else None
         self._veto = False
         self._ema: ExponentialAverage | None = None
-        if strategy != "single":
-            _complete_environment()
+        self._added_variables = [] if strategy == "single" else _complete_environment()
         if gpu and settings.deterministic:
             # Read by cuBLAS when it starts; needed for reproducible matrix products.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)
+        self._owns_group = not dist.is_initialized()
         self._accelerator = self._accelerate(gpu)
         self.device: torch.device = self._accelerator.device
         self.rank: int = self._accelerator.process_index
@@ -200,7 +201,10 @@ class Engine:
             (n, p) for n, p in model.named_parameters() if p.requires_grad
         ]
         self._buffers = _persistent_buffers(model)
-        self.wrapped, prepared = self._accelerator.prepare(model, optimizer(model))
+        with warnings.catch_warnings():
+            # torch 2.13 renamed broadcast_buffers; Accelerate passes the old name on.
+            warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
+            self.wrapped, prepared = self._accelerator.prepare(model, optimizer(model))
         self.prepared_optimizer = prepared
         if self.stage:
             self._zero = self.wrapped.optimizer
@@ -240,16 +244,18 @@ class Engine:
         self.drop()
 
     def drop(self) -> None:
-        """Leave the process group without waiting for anyone (another rank may be gone)."""
+        """Leave the process group without waiting for anyone (another rank may be gone).
+
+        A group that was there before this engine is left alone. (DeepSpeed remembers its
+        group for the whole process: a second engine with it needs one made outside.)
+        """
         from accelerate.state import AcceleratorState
 
-        if dist.is_initialized():
+        if self._owns_group and dist.is_initialized():
             dist.destroy_process_group()
         AcceleratorState._reset_state(reset_partial_state=True)
-        if self.stage is not None:
-            import deepspeed.comm.comm as communication
-
-            communication.cdb = None  # it would go on using the group just destroyed
+        for name in self._added_variables:
+            os.environ.pop(name, None)
 
     def __enter__(self) -> "Engine":
         return self
@@ -677,17 +683,22 @@ def _persistent_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, buffer) for name, buffer in model.named_buffers() if name in kept]
 
 
-def _complete_environment() -> None:
-    """One rank started by hand: the variables that a launcher would have set."""
-    os.environ.setdefault("RANK", "0")
-    os.environ.setdefault("WORLD_SIZE", "1")
-    os.environ.setdefault("LOCAL_RANK", os.environ["RANK"])
-    os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+def _complete_environment() -> list[str]:
+    """One rank started by hand: set what a launcher would have; the names of what was added."""
+    wanted = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": os.environ.get("RANK", "0"),
+        "LOCAL_WORLD_SIZE": os.environ.get("WORLD_SIZE", "1"),
+        "MASTER_ADDR": "127.0.0.1",
+    }
     if "MASTER_PORT" not in os.environ:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            os.environ["MASTER_PORT"] = str(probe.getsockname()[1])
+            wanted["MASTER_PORT"] = str(probe.getsockname()[1])
+    added = [name for name in wanted if name not in os.environ]
+    os.environ.update({name: wanted[name] for name in added})
+    return added
 
 
 def _quiet_deepspeed(gpu: bool) -> None:

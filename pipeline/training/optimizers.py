@@ -74,8 +74,8 @@ def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict
 
 
 def _is_output(name: str) -> bool:
-    """Whether a parameter belongs to the head, by the names that our families use."""
-    return any(part in ("head", "lm_head", "output") for part in name.split("."))
+    """Whether a parameter is of the output layer, as our families name it."""
+    return name.split(".")[0] in ("head", "output")
 
 
 def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
