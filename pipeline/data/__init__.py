@@ -16,11 +16,11 @@ itself imports nothing, so that the command line stays quick):
 
 shards.py
     ShardWriter(folder, number, split)           context manager; one shard, complete or absent
-        .write(key, {"png": bytes, "json": dict, "tokens.npy": array, ...}, tokens=None, bytes=None)
-        .skip(what, where, reason)               one line of skipped.jsonl
+        .write(key, {"png": bytes, "json": dict, "tokens.npy": array, ...}, tokens=0, raw_bytes=0)
+        .skip(what, where, reason)               one line of skipped.jsonl   .skipped so far
     finished(folder, number) -> dict | None      the entry of a shard that is already whole
-    finish(folder, kind=, modality=, **header) -> dict     index.json and skipped.jsonl from the
-                                                 entries of all shards; drops the entry files
+    finish(folder, kind=, modality=, shards=, classes=None, **header) -> dict
+        index.json and skipped.jsonl from the entries of all shards; drops the entry files
     key_of(number) -> "00000017"
 reader.py
     ShardError(RequestError)                     names the shard and the first bad sample
@@ -29,7 +29,7 @@ reader.py
         .count(split) -> int
         .iterate(split, start=0) -> Iterator[Sample]       sequential; counts and sha256 checked
         .iterate_shard(number) -> Iterator[Sample]         the same for one shard
-        .read(split, i) -> Sample                one pread
+        .read(split, i) -> Sample                one pread (None: damaged, skip-and-count)
         .damaged                                 samples given up so far under skip-and-count
     Sample: .key .members (ext -> bytes) .meta (dict of key.json)
         .image() uint8 (H, W, C)   .text() str   .audio() (int16 (T,), rate)   .tokens() array
