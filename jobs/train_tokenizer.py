@@ -137,6 +137,12 @@ _OF_LEARNED = {
 }
 
 
+def network(config: Config) -> torch.nn.Module | None:
+    """What is trained, on three channels; None for a tokenizer that learns without steps."""
+    kind = LEARNED.get(config.tokenizer.kind)
+    return None if kind is None else kind.build(config.tokenizer, 3)
+
+
 def main(config: Config, stage: Stage) -> None:
     data = stage.input("data")
     if (stage.folder / "card.json").is_file():

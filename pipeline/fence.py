@@ -75,9 +75,12 @@ class Fence:
         while not over.wait(LOOK_EVERY_S):
             current = self.current()
             if current is not None and current != self.attempt:
-                sys.stderr.write(
-                    f"attempt {self.attempt} was replaced by {current}: it ends without writing\n"
+                said = (
+                    f"attempt {self.attempt} was replaced by {current} and ends without writing\n"
                 )
+                with open(self.path.with_suffix(".fence.log"), "a") as log:
+                    log.write(said)  # nobody may be left to pass on what is written to stderr
+                sys.stderr.write(said)
                 sys.stderr.flush()
                 os._exit(REPLACED)
 

@@ -278,7 +278,7 @@ def _pretrain(
     if limit is not None and chosen["total"] > limit:
         found["remedy"] = remedy(parameters, scheme, activations, limit)
     if calibrate:
-        found |= _calibrated(model, config, scheme, calibrate)
+        found |= _calibrated(model, config, scheme, activations, parameters, calibrate)
     return found
 
 
@@ -300,13 +300,23 @@ def _limit(spec: StageSpec, gpu: str | None) -> float | None:
     return int(digits) * BYTES_OF[unit] / (spec.resources.gpus or spec.resources.processes)
 
 
-def _calibrated(model: Any, config: Any, scheme: Any, steps: int) -> dict[str, Any]:
-    """Hours by a few real steps of one rank on this machine (the first is left out)."""
-    from chainrule.pipeline.plan_measure import seconds_per_step
+def _calibrated(
+    model: Any, config: Any, scheme: Any, activations: Any, parameters: int, steps: int
+) -> dict[str, Any]:
+    """Hours and memory by a few real steps of one plain process on this machine."""
+    from chainrule.pipeline.plan_measure import measure
+    from chainrule.pipeline.plan_memory import Scheme, training_memory
 
-    seconds, device = seconds_per_step(model, config.precision, scheme.rows, steps)
-    hours = seconds * config.accumulate * config.steps / 3600
-    return {"calibrated_on": device, "calibrated_step_s": seconds, "calibrated_hours": hours}
+    found = measure(model, config.precision, scheme.rows, steps)
+    alone = Scheme(precision=config.precision, rows=scheme.rows)
+    predicted = training_memory(parameters, alone, activations.of(scheme.rows, False))
+    return {
+        "calibrated_on": found.device,
+        "calibrated_step_s": found.seconds,
+        "calibrated_hours": found.seconds * config.accumulate * config.steps / 3600,
+        "measured_memory": found.memory,
+        "predicted_memory": predicted.device,
+    }
 
 
 def _sample(pipeline: Pipeline, spec: StageSpec) -> dict[str, Any]:

@@ -1,6 +1,9 @@
 """What a plan says, measured: real steps of one process, their time and their memory."""
 
+import contextlib
 import time
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,11 +16,19 @@ LARGEST_HERE = 400_000_000
 """Parameters above which steps are not tried on a CPU."""
 
 
-def seconds_per_step(config: Any, precision: str, rows: int, steps: int) -> tuple[float, str]:
-    """Seconds of one update on `rows` events, the mean of `steps` after a first; and the device.
+@dataclass(frozen=True)
+class Measured:
+    """A few real updates of one process."""
 
-    RequestError where the model is too large to be tried here.
-    """
+    device: str
+    seconds: float
+    """An update, the mean over all but the first."""
+    memory: int
+    """Bytes at the peak, over what the process held before."""
+
+
+def measure(config: Any, precision: str, rows: int, steps: int) -> Measured:
+    """Make `steps` updates on `rows` events after a first; RequestError if it is too large here."""
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
     with torch.device("meta"):
@@ -27,6 +38,7 @@ def seconds_per_step(config: Any, precision: str, rows: int, steps: int) -> tupl
             f"{parameters / 1e6:,.0f}M parameters are too many to calibrate on this CPU; "
             "calibrate on a node with a GPU"
         )
+    before = _begin_peak(device)
     step = training_step(config, precision, rows, device)
     step()
     _synchronise(device)
@@ -34,8 +46,30 @@ def seconds_per_step(config: Any, precision: str, rows: int, steps: int) -> tupl
     for _ in range(steps):
         step()
     _synchronise(device)
+    seconds = (time.perf_counter() - began) / steps
     name = torch.cuda.get_device_name() if gpu else f"cpu, {torch.get_num_threads()} threads"
-    return (time.perf_counter() - began) / steps, name
+    return Measured(name, seconds, _peak(device) - before)
+
+
+def _begin_peak(device: torch.device) -> int:
+    """Bytes held now; the peak is counted anew from here."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    # resets VmHWM to VmRSS; where it may not, the peak so far stands
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else _status("VmHWM")
+
+
+def _status(field: str) -> int:
+    """A size in bytes from /proc/self/status (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 
 def training_step(config: Any, precision: str, rows: int, device: torch.device) -> Any:

@@ -52,6 +52,11 @@ def _pretrain(found: dict[str, Any]) -> list[str]:
             f"{found['calibrated_step_s']:.3g} s a micro-batch, measured on "
             f"{found['calibrated_on']}"
         )
+        error = found["predicted_memory"] / found["measured_memory"] - 1
+        lines.append(
+            f"               memory of that: {size(found['measured_memory'])} measured, "
+            f"{size(found['predicted_memory'])} predicted ({error:+.1%})"
+        )
     limit = f" of {size(found['limit'])}" if found["limit"] is not None else ""
     head = ("memory a rank" + limit, "weights", "gradients", "optimizer", "buffers")
     rows: list[tuple[str, ...]] = [(*head, "activations", "total", "on the host")]

@@ -202,7 +202,8 @@ def test_only_slurmd_dies_and_the_old_step_goes_on(
     os.kill(old, signal.SIGCONT)
     training.ends(job)
     training.cluster.start_node(node)
-    assert f"attempt {job}.0 was replaced by {job}.1" in training.log(job)
+    log = training.root / ".locks" / "decoder.fence.log"
+    assert f"attempt {job}.0 was replaced by {job}.1" in log.read_text()
     steps = [step for step, _ in training.losses()]
     assert steps == [step for step, _ in quiet]
     for (_, loss), (_, wanted) in zip(training.losses(), quiet, strict=True):
