@@ -127,3 +127,20 @@ def speculative(
             rounds,
         )
     )
+
+
+@bench.command()
+def pretokenize(
+    data: Annotated[Path, typer.Argument(help="Folder of raw shards.")],
+    tokenizer: Annotated[Path, typer.Argument(help="Folder of a tokenizer.")],
+    samples: Annotated[int, typer.Option(min=1, help="At least so many, by whole shards.")] = 2000,
+    workers: Annotated[int, typer.Option(min=1, help="Threads that decode raw samples.")] = 1,
+    rounds: RoundsOption = 3,
+    device: DeviceOption = "cpu",
+) -> None:
+    """The pretokenize job against its bare encoder on ready batches."""
+    from chainrule.pipeline.catalogue import job_module
+
+    job: Any = job_module("pretokenize")
+    config = job.Config(device=device, workers=workers)
+    _print(job.bench(data, tokenizer, config, samples, rounds))
