@@ -88,12 +88,14 @@ class Trainer:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._writer is not None:
             self._writer.wait()
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         if dist.is_initialized():
+            if kind is None:  # else another rank may be gone
+                dist.barrier()
             dist.destroy_process_group()
 
     def _ask_to_stop(self, number: int, _frame: object) -> None:

@@ -411,6 +411,15 @@ def test_a_vqgan_cut_before_in_and_after_the_start_ends_the_same(
     assert interface.load(quiet_gan).kind == "vqgan"
 
 
+def test_bfloat16_trains_close_to_float32(
+    quiet_gan: Path, digits: Artifact, tmp_path: Path
+) -> None:
+    run(tmp_path, digits, **{**GAN, "precision": "bf16"})
+    for exact, rounded in zip(_losses(quiet_gan), _losses(tmp_path), strict=True):
+        assert rounded == pytest.approx(exact, rel=0.05)
+    assert _losses(tmp_path) != _losses(quiet_gan)
+
+
 def test_a_start_that_wrecks_the_picture_stops_the_stage(digits: Artifact, tmp_path: Path) -> None:
     wrecking = {
         **RUN,

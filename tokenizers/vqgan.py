@@ -239,7 +239,7 @@ class Discriminator(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.layers(x)
+        logits: Tensor = self.layers(x).float()  # losses want float32 whatever autocast did
         return logits
 
 
