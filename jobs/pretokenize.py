@@ -138,16 +138,20 @@ def encode_shards(
                 tokens += entry["tokens"]
             skipped += len(entry["skipped"])
             if skipped > allowed:
-                last = entry["skipped"][-1]
-                raise StageFailed(
-                    f"{last['where']}: {last['reason']}\n{skipped} of {total} samples could not "
-                    f"be used, max_skipped is {config.max_skipped:g}; mend the data, or raise it"
-                )
+                raise _too_many(config, shards, entry["skipped"][-1], skipped)
             progress.update(shards.entries[number]["samples"], skipped=skipped)
     seconds = time.monotonic() - began
     if encoded:
         stage.summary["samples_per_second"] = encoded / seconds
         stage.summary["tokens_per_second"] = tokens / seconds
+
+
+def _too_many(config: Config, shards: Shards, last: dict[str, Any], skipped: int) -> StageFailed:
+    total = sum(entry["samples"] for entry in shards.entries)
+    return StageFailed(
+        f"{last['where']}: {last['reason']}\n{skipped} of {total} samples could not be used, "
+        f"max_skipped is {config.max_skipped:g}; mend the data, or raise it"
+    )
 
 
 @dataclass
@@ -182,15 +186,15 @@ def _encode_shard(
         for pieces, encoded in (future.result() for future in _ahead(ready)):
             for piece, tokens in zip(pieces, encoded, strict=True):
                 if tokens is None:
-                    writer.skip("sample", piece.where, str(piece.fault))
+                    last = writer.skip("sample", piece.where, str(piece.fault))
                     continue
                 shapes.add(tokens.shape)
                 if eos is not None:
                     tokens = np.append(tokens, np.array(eos, tokens.dtype))
                 members = {"tokens.npy": tokens, "json": piece.meta}
                 writer.write(key_of(piece.number), members, tokens.size, piece.raw_bytes)
-            if writer.skipped > allowed:
-                break
+            if writer.skipped > allowed:  # inside the `with`: the cut shard is dropped
+                raise _too_many(config, shards, last, writer.skipped)
         # inside the `with`: whoever finds the shard whole finds its shapes as well
         if modality == "image":
             write_json(_shapes_path(folder, number), sorted(map(list, shapes)))

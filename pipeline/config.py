@@ -94,7 +94,9 @@ def explain(
 ) -> list[tuple[tuple, str]]:
     """Each fault of validating `value` as (location, one line: key, fault and remedy)."""
     faults = []
-    for fault in error.errors(include_url=False):
+    # a misspelt key is a missing one too: say first that it is unknown
+    found = sorted(error.errors(include_url=False), key=lambda f: f["type"] != "extra_forbidden")
+    for fault in found:
         location = _keys_in(value, fault["loc"])
         dotted = ".".join(str(part) for part in location)
         if fault["type"] == "extra_forbidden":
