@@ -1,0 +1,358 @@
+"""pretrain: it learns, resumes bit for bit after any kill, and never learns from a fault."""
+
+import json
+import random
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from chainrule.jobs import pretrain, verify
+from chainrule.pipeline.artifact import ArtifactError, LineageError, read_json, sha256_file
+from chainrule.pipeline.config import RequestError
+from chainrule.pipeline.stage import REQUEUE, Stage, StageFailed
+from chainrule.pipeline.training.checkpoints import Checkpoint, newest, steps_in
+from chainrule.pipeline.training.objective import Objective
+
+sys.path.insert(0, str(Path(__file__).parent))
+import pretrain_ranks as ranks
+from pretrain_ranks import stage_of
+
+TINY = {"preset": "gpt2-debug", "layers": 1, "heads": 2, "width": 16, "context": 16}
+BASE: dict[str, Any] = {
+    "model": TINY,
+    "steps": 40,
+    "batch_size": 12,
+    "optimizer": {"learning_rate": 1e-2},
+    "schedule": {"warmup": 5},
+    "checkpoint_every": 5,
+    "validate_every": 10,
+    "ema": 0.9,
+    "ledger": True,
+}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ranks.write_tokens(tmp_path_factory.mktemp("data") / "text", "text")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ranks.write_tokens(tmp_path_factory.mktemp("data") / "images", "image")
+
+
+def run(folder: Path, tokens: list[Path], **changes: Any) -> Stage:
+    stage = stage_of(folder, tokens)
+    pretrain.main(pretrain.Config.model_validate({**BASE, **changes}), stage)
+    return stage
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    """The run that the killed ones are held against."""
+    folder = tmp_path_factory.mktemp("whole") / "decoder"
+    assert ranks.finish_all(ranks.start(folder, [text], BASE)) == [0]
+    return folder
+
+
+def same_end(folder: Path, other: Path) -> None:
+    """The same losses at every step, the same weights and moments, byte for byte."""
+    assert ranks.losses_of(folder) == ranks.losses_of(other)
+    ends = [newest(path / "checkpoints") for path in (folder, other)]
+    assert ends[0] is not None
+    assert ends[1] is not None
+    for file in sorted(set(ends[0].index.values())):
+        assert sha256_file(ends[0].folder / file) == sha256_file(ends[1].folder / file)
+    assert ends[0].state == ends[1].state
+
+
+def no_sample_lost(folder: Path) -> None:
+    lines: list[str] = []
+    assert verify.main(folder, lines.append), lines
+    assert lines[-1] == "samples skipped 0, repeated 0"
+
+
+def test_it_learns_and_says_what_it_came_to(uninterrupted):
+    summary = json.loads((uninterrupted / "summary.json").read_text())
+    assert summary["validation_loss"] < 0.8 * summary["unigram_loss"]
+    assert summary["ema_validation_loss"] < summary["unigram_loss"]
+    assert summary["tokens_seen"] > 0.9 * 40 * 12 * 16
+    assert summary["skipped_steps"] == 0
+    lines = [json.loads(x) for x in (uninterrupted / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 41))
+    assert [line["step"] for line in lines if "validation_loss" in line] == [10, 20, 30, 40]
+    for name in ("learning_rate", "tokens_per_second", "peak_share", "data_stall", "memory_gb"):
+        assert all(line[name] >= 0 for line in lines)
+    assert sum("checkpoint_s" in line for line in lines) == 7
+    assert lines[0]["learning_rate"] == pytest.approx(2e-3)
+    assert steps_in(uninterrupted / "checkpoints")[-1] == 40
+    no_sample_lost(uninterrupted)
+
+
+def test_the_description_holds_what_the_tokens_settle(uninterrupted):
+    found = read_json(uninterrupted / "model.json")
+    assert found["model"]["vocabulary_size"] == 34
+    assert found["model"]["bos"] == 32
+    assert found["modality"] == "text"
+    assert found["tokenizers"] == [
+        {"kind": "test", "fingerprint": "of-text", "modality": "text", "ids": None}
+    ]
+
+
+def kill_often(
+    folder: Path, tokens: list[Path], config: dict[str, Any], kills: int, number: int = 1
+) -> None:
+    """Kill every rank `kills` times at random instants spread over the run, then let it end."""
+    generator = random.Random(kills)
+    steps = config["steps"]
+    done = 0
+    for attempt in range(kills):
+        at = (attempt + 1) * (steps - 2) // kills
+        started = ranks.start(folder, tokens, config, number)
+        done += ranks.signal_when(
+            started,
+            lambda at=at: ranks.steps_logged(folder) >= at,
+            signal.SIGKILL,
+            generator.random() * 0.03,
+        )
+        ranks.finish_all(started)
+    assert done >= kills - 2  # one aimed at the last steps may come too late
+    assert ranks.finish_all(ranks.start(folder, tokens, config, number)) == [0] * number
+
+
+def test_killed_three_times_it_ends_the_same(tmp_path, text, uninterrupted):
+    kill_often(tmp_path / "decoder", [text], BASE, 3)
+    same_end(tmp_path / "decoder", uninterrupted)
+    no_sample_lost(tmp_path / "decoder")
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_it_ends_the_same(tmp_path, text, uninterrupted):
+    kill_often(tmp_path / "decoder", [text], BASE, 20)
+    same_end(tmp_path / "decoder", uninterrupted)
+    no_sample_lost(tmp_path / "decoder")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3"])
+def test_two_ranks_killed_end_the_same(tmp_path, text, uninterrupted, strategy):
+    config = {**BASE, "steps": 20, "engine": {"strategy": strategy}}
+    whole = tmp_path / "whole"
+    assert ranks.finish_all(ranks.start(whole, [text], config, 2)) == [0, 0]
+    kills = 4 if strategy == "ddp" else 2
+    kill_often(tmp_path / "decoder", [text], config, kills, 2)
+    same_end(tmp_path / "decoder", whole)
+    no_sample_lost(tmp_path / "decoder")
+
+
+def test_a_signal_saves_and_asks_for_more(tmp_path, text, uninterrupted):
+    folder = tmp_path / "decoder"
+    for number, at in ((signal.SIGTERM, 7), (signal.SIGUSR1, 23)):
+        started = ranks.start(folder, [text], BASE)
+        assert ranks.signal_when(started, lambda at=at: ranks.steps_logged(folder) >= at, number)
+        assert ranks.finish_all(started) == [REQUEUE]
+        found = newest(folder / "checkpoints")
+        assert found is not None
+        assert found.step == ranks.steps_logged(folder)
+    assert ranks.finish_all(ranks.start(folder, [text], BASE)) == [0]
+    assert ranks.losses_of(folder) == ranks.losses_of(uninterrupted)
+
+
+@pytest.mark.slow
+def test_other_numbers_of_ranks_see_the_same_samples(tmp_path, text, uninterrupted):
+    """1 → 2 → 3 → 1 ranks, then accumulation and more loader threads, in one run."""
+    folder = tmp_path / "decoder"
+    plan: list[tuple[int, int, dict[str, Any]]] = [
+        (8, 1, {}),
+        (16, 2, {}),
+        (24, 3, {}),
+        (32, 1, {"accumulate": 4, "workers": 3}),
+    ]
+    for until, number, changes in plan:
+        config = {**BASE, **changes, "schedule": {"warmup": 5}}
+        started = ranks.start(folder, [text], config, number)
+        assert ranks.signal_when(
+            started, lambda until=until: ranks.steps_logged(folder) >= until, signal.SIGTERM
+        )
+        assert ranks.finish_all(started) == [REQUEUE] * number
+    assert ranks.finish_all(ranks.start(folder, [text], BASE, 1)) == [0]
+    ours, theirs = ranks.losses_of(folder), ranks.losses_of(uninterrupted)
+    assert [x[0] for x in ours] == [x[0] for x in theirs]
+    assert [x[1] for x in ours] == pytest.approx([x[1] for x in theirs], rel=1e-4)
+    no_sample_lost(folder)
+
+
+# --- in this process ---------------------------------------------------------------------
+
+
+def test_classes_and_grid_come_from_the_tokens(tmp_path, images):
+    stage = run(
+        tmp_path / "decoder",
+        [images],
+        model={"preset": "imagegpt-debug", "layers": 1, "width": 16, "heads": 2},
+        steps=10,
+    )
+    found = read_json(stage.folder / "model.json")
+    assert found["model"]["event_shape"] == [2, 3]
+    assert found["model"]["classes"] == 4
+    assert found["classes"] == ["0", "1", "2", "3"]
+    assert found["grid"] == [2, 3]
+
+
+def test_a_mixture_of_two_token_spaces(tmp_path, text, images):
+    stage = run(
+        tmp_path / "decoder", [text, images], steps=6, mixture_weights={"text": 2, "images": 1}
+    )
+    found = read_json(stage.folder / "model.json")
+    assert found["modality"] == "mixed"
+    assert found["model"]["vocabulary_size"] >= 34 + 8
+    assert {entry["modality"] for entry in found["tokenizers"]} == {"text", "image"}
+    assert {"validation_loss", "validation_loss.text", "validation_loss.images"} <= set(
+        stage.summary
+    )
+    no_sample_lost(stage.folder)
+
+
+def test_a_batch_ramp_and_a_penalty_on_log_z(tmp_path, text):
+    stage = run(
+        tmp_path / "decoder",
+        [text],
+        steps=12,
+        batch_ramp={"start": 4, "increment": 4, "steps": 8},
+        z_loss=1e-2,
+        optimizer={"name": "muon", "learning_rate": 1e-2},
+    )
+    assert stage.summary["tokens_seen"] < 12 * 12 * 16
+    no_sample_lost(stage.folder)
+
+
+class Poisoned(Objective):
+    """Gives nan for the batches at the positions listed."""
+
+    positions: tuple[int, ...] = ()
+
+    def __call__(self, wrapped: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        total, nats = super().__call__(wrapped, batch)
+        if batch.position in self.positions and torch.is_grad_enabled():
+            return total * float("nan"), nats * float("nan")
+        return total, nats
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_named(tmp_path, text, monkeypatch):
+    monkeypatch.setattr(pretrain, "Objective", Poisoned)
+    monkeypatch.setattr(Poisoned, "positions", (7 * 12,))
+    stage = run(tmp_path / "decoder", [text], steps=10)
+    assert stage.summary["skipped_steps"] == 1
+    (fault,) = [json.loads(x) for x in (stage.folder / "faults.jsonl").read_text().splitlines()]
+    assert fault["step"] == 8
+    assert fault["skipped"] == "loss is nan"
+    assert len(fault["ids"]) == 12
+    lines = [json.loads(x) for x in (stage.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "fault" in line] == [8]
+    found = newest(stage.folder / "checkpoints")
+    assert found is not None
+    assert all(torch.isfinite(t).all() for kind in ("model", "ema") for _, t in found.tensors(kind))
+
+
+def test_faults_in_a_row_lead_back_and_past_the_data(tmp_path, text, monkeypatch):
+    monkeypatch.setattr(pretrain, "Objective", Poisoned)
+    # Steps 12, 13, 14 fail; the way back is to step 10, and on from the data after them.
+    monkeypatch.setattr(Poisoned, "positions", (12 * 12, 13 * 12, 14 * 12))
+    stage = run(tmp_path / "decoder", [text], steps=20, faults={"consecutive": 3})
+    assert stage.summary["rollbacks"] == 1
+    assert stage.summary["skipped_steps"] == 3
+    assert [x[0] for x in ranks.losses_of(stage.folder)] == list(range(1, 21))
+    found = newest(stage.folder / "checkpoints")
+    assert found is not None
+    assert found.state["position"] == (20 + 5) * 12  # steps 11 to 15 were read twice, on new data
+    lines: list[str] = []
+    assert verify.main(stage.folder, lines.append), lines
+
+
+def test_too_many_rollbacks_end_the_stage(tmp_path, text, monkeypatch):
+    monkeypatch.setattr(pretrain, "Objective", Poisoned)
+    monkeypatch.setattr(Poisoned, "positions", tuple(range(7 * 12, 10_000, 12)))
+    with pytest.raises(StageFailed, match="2 faults of learning in a row at step"):
+        run(tmp_path / "decoder", [text], faults={"consecutive": 2, "rollbacks": 1})
+    found = newest(tmp_path / "decoder" / "checkpoints")
+    assert found is not None
+    assert found.step == 5
+
+
+def test_faults_before_the_first_checkpoint_end_the_stage(tmp_path, text, monkeypatch):
+    monkeypatch.setattr(pretrain, "Objective", Poisoned)
+    monkeypatch.setattr(Poisoned, "positions", (0, 12))
+    with pytest.raises(StageFailed, match="no checkpoint yet"):
+        run(tmp_path / "decoder", [text], faults={"consecutive": 2})
+
+
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tmp_path, text, caplog):
+    folder = tmp_path / "decoder"
+    run(folder, [text], steps=20)
+    losses = ranks.losses_of(folder)
+    (folder / "checkpoints" / "step-00000020" / "state-00000.safetensors").write_bytes(b"torn")
+    run(folder, [text], steps=20)
+    assert "step-00000020" in caplog.text
+    assert ranks.losses_of(folder) == losses
+    assert [Checkpoint.open(p).step for p in sorted((folder / "checkpoints").glob("step-*"))] == [
+        15,
+        20,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": "gpt-2"}, "unknown preset 'gpt-2'; did you mean 'gpt2'"),
+        ({"model": {"family": "lama"}}, "unknown family 'lama'; did you mean 'llama'"),
+        ({"model": {"layers": 2}}, "give a 'preset' or a 'family'"),
+        ({"accumulate": 5}, "batch_size 12 does not divide by accumulate 5"),
+        ({"steps": 0}, "greater than or equal to 1"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(changes, words):
+    with pytest.raises(ValueError, match=words):
+        pretrain.Config.model_validate({**BASE, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model": {**TINY, "vocabulary_size": 20}}, "tokens go up to 33"),
+        ({"model": {**TINY, "heads": 3}}, "width"),
+        ({"mixture_weights": {"texts": 1}}, r"mixture_weights names \['texts'\]"),
+        ({"engine": {"strategy": "zero0"}, "precision": "bf16"}, "zero0 with precision bf16"),
+        ({"model": {"preset": "made-debug", "event_shape": [4]}, "z_loss": 1e-4}, "z_loss needs"),
+    ],
+)
+def test_a_request_that_the_tokens_contradict_is_refused(tmp_path, text, changes, words):
+    with pytest.raises(RequestError, match=words):
+        run(tmp_path / "decoder", [text], **changes)
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused():
+    config = pretrain.Config.model_validate(BASE)
+    with pytest.raises(RequestError, match="12 rows does not divide by 5 ranks"):
+        pretrain.batch_sizes(config, 5)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, text):
+    run(tmp_path / "decoder", [text], steps=5)
+    with pytest.raises(LineageError, match="models do not match"):
+        run(tmp_path / "decoder", [text], steps=5, model={**TINY, "width": 32})
+
+
+def test_tokens_without_a_validation_split_are_refused(tmp_path, text):
+    other = tmp_path / "train-only"
+    other.mkdir()
+    for path in text.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    index = read_json(other / "index.json")
+    index["shards"] = index["shards"][:1]
+    (other / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ArtifactError, match="validation: 0.1"):
+        run(tmp_path / "decoder", [other])
