@@ -1,6 +1,8 @@
 """Text tokenizers: every string comes back, specials stay apart, altered models are refused."""
 
 import json
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -195,3 +197,35 @@ def test_a_line_of_ten_megabytes_comes_back(bpe: SentencePieceTokenizer) -> None
     line = "return x + 1; Zoë ▁ 👩 " * 400_000
     assert len(line.encode()) > 10_000_000
     assert bpe.decode(bpe.encode([line])) == [line]
+
+
+def test_gigatoken_gives_the_same_ids(bpe: SentencePieceTokenizer) -> None:
+    pytest.importorskip("gigatoken", reason="the extra is not installed")
+    fast = SentencePieceTokenizer(bpe.settings, bpe.model)
+    fast.use_gigatoken(CORPUS)
+    for a, b in zip(fast.encode([*CORPUS, *TRICKY]), bpe.encode([*CORPUS, *TRICKY]), strict=True):
+        assert a.dtype == b.dtype
+        assert np.array_equal(a, b)
+    with pytest.raises(TokenizerError, match=r"U\+DC80 at character 1"):
+        fast.encode(["a\udc80"])
+
+
+def test_a_faster_encoder_with_other_ids_is_refused(
+    bpe: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Wrong:
+        @classmethod
+        def from_sentencepiece(cls, model: bytes) -> "Wrong":
+            return cls()
+
+        def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+            return [np.array(ids[:-1]) for ids in bpe._processor.encode(texts)]
+
+    fast = SentencePieceTokenizer(bpe.settings, bpe.model)
+    monkeypatch.setitem(sys.modules, "gigatoken", types.SimpleNamespace(Tokenizer=Wrong))
+    with pytest.raises(TokenizerError, match="other ids than SentencePiece on '   '"):
+        fast.use_gigatoken([])
+    monkeypatch.setitem(sys.modules, "gigatoken", None)
+    with pytest.raises(TokenizerError, match="gigatoken is not installed"):
+        fast.use_gigatoken([])
+    assert np.array_equal(fast.encode(["return x"])[0], bpe.encode(["return x"])[0])
