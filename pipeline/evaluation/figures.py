@@ -13,6 +13,19 @@ from typing import Any
 from chainrule.pipeline.artifact import write_json
 
 FILE = "evaluation.json"
+HEADLINES = (
+    "classifier_agreement",
+    "probe_accuracy",
+    "bits_per_dim",
+    "bits_per_byte",
+    "xz_bits_per_byte",
+    "nats",
+    "unigram_nats_per_token",
+    "psnr",
+    "ssim",
+    "codebook_usage",
+)
+"""Figures that a summary shows first, where there are such."""
 
 
 @dataclass
@@ -36,12 +49,13 @@ class Figures:
 
     @property
     def numbers(self) -> dict[str, float]:
-        """The figures alone, for a summary."""
-        return {
+        """The figures alone, for a summary: the headlines first."""
+        found = {
             name: value
             for name, value in self.values.items()
             if f"{name}.unit" in self.values and value is not None
         }
+        return {name: found[name] for name in HEADLINES if name in found} | found
 
     def write(self, folder: Path) -> Path:
         path = folder / FILE
