@@ -180,15 +180,10 @@ def compress(
     from chainrule.pipeline.coding.blocks import Layout
 
     layout = Layout(adapt=Adapt() if adapt else None)
-    reports = job_module("compress").compress_files(model, files, out, verify, layout, force=force)
-    for report in reports:
-        ideal = f", ideal {report.ideal_bytes:,.0f}" if report.ideal_bytes is not None else ""
-        how = report.how + (f" ({report.why})" if report.why else "")
-        typer.echo(
-            f"{report.name}: {report.original_bytes:,} → {report.coded_bytes:,} bytes{ideal}, "
-            f"{report.bits_per_byte:.3f} bits a byte, by {how}"
-        )
-    typer.echo(f"{out}: {out.stat().st_size:,} bytes with its header")
+    job = job_module("compress")
+    reports = job.compress_files(model, files, out, verify, layout, force=force)
+    for line in job.printed(reports, out.stat().st_size):
+        typer.echo(line)
 
 
 @app.command()
