@@ -7,8 +7,10 @@ Any number of ranks work side by side, each on zarr shards of its own. Sample i 
 (model, settings, seed, i) alone.
 """
 
+import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from PIL import Image
 from chainrule.pipeline.artifact import Artifact, require_same, sha256_file
 from chainrule.pipeline.config import digest, result_settings
 from chainrule.pipeline.sampling.drafts import Draft, ModelDraftSettings, make_draft
+from chainrule.pipeline.sampling.int8 import quantise_linears
 from chainrule.pipeline.sampling.pictures import (
     contact_sheet,
     save_picture,
@@ -48,6 +51,9 @@ INPUTS = {
     "tokens": Input(("pretokenize",), optional=True),
 }
 
+LOSS_MEASURED_ON = 64
+"""Samples on which the loss of int8 weights is measured."""
+
 
 def open_source(folder: Path, device: str = "auto", dtype: str = "float32") -> Source:
     """The model in a folder and the tokenizer it carries; refused if either was altered."""
@@ -55,8 +61,10 @@ def open_source(folder: Path, device: str = "auto", dtype: str = "float32") -> S
     from chainrule.tokenizers import interface
 
     chosen = torch.device(device) if device != "auto" else _best_device()
-    model = load(folder, device=str(chosen), dtype=getattr(torch, dtype))
-    model.eval()
+    in_memory = torch.float32 if dtype == "int8" else getattr(torch, dtype)
+    model = load(folder, device=str(chosen), dtype=in_memory).eval()
+    if dtype == "int8":
+        quantise_linears(model)
     card = _card(folder)
     tokenizer = None
     if card.get("tokenizer") is not None:
@@ -88,51 +96,124 @@ def _best_device() -> torch.device:
 
 
 def main(config: Config, stage: Stage) -> None:
-    source = open_source(stage.input("model").folder, config.device, config.dtype)
-    tokens = stage.optional("tokens")
-    request = settle(config, source, beginnings(config, source, tokens) if tokens else None)
-    draft = open_draft(config, source, stage.optional("draft"))
-    settings = result_settings(config)
-    for role in ("draft", "tokens"):
-        given = stage.optional(role)
-        if given is not None:
-            settings[f"input {role}"] = _identity(given)
-    store = Store.start(
-        stage.folder,
-        model=source.card["fingerprint"],
-        settings=settings,
-        number=config.number,
-        samples_per_shard=min(config.samples_per_shard, config.number),
-        arrays=layouts(request, source),
-    )
-    shards = store.mine(stage.rank, stage.world_size)
-    began, elements, statistics = time.monotonic(), 0, Statistics()
-    with stage.progress(sum(len(store.rows(s)) for s in shards), "samples") as progress:
-        for shard in shards:
-            batches = []
-            for indices in _batches(store.rows(shard), config.batch_size):
-                drawn = draw_block(request, source, draft, indices, statistics)
-                elements += int(drawn.lengths.sum())
-                batches.append(drawn)
-                progress.update(len(indices))
-            values = shard_arrays(request, source, store.rows(shard), batches)
-            store.write(shard, values)
-            stage.log(shard, log_likelihood=float(values["log_likelihood"].mean()))
-    seconds = time.monotonic() - began
+    work = Work.open(config, stage)
+    work.fill(stage.rank, stage.world_size)
     if not stage.is_main:
         return
+    store = work.store
     if not store.finished:
         store.wait(config.patience_s)
         store.finish()
-    show(request, source, store, stage)
+    show(work.request, work.source, store, stage)
     log_likelihood = store.read("log_likelihood")
     stage.summary["samples"] = config.number
     stage.summary["log_likelihood"] = float(log_likelihood.mean())
     stage.summary["nats_per_element"] = float(-log_likelihood.sum() / store.read("length").sum())
-    if elements:
-        stage.summary["elements_per_second"] = elements / seconds
-    if statistics.tested:
-        stage.summary["acceptance"] = statistics.acceptance
+    if work.elements:
+        stage.summary["elements_per_second"] = work.elements / work.seconds
+    if work.statistics.tested:
+        stage.summary["acceptance"] = work.statistics.acceptance
+    if config.dtype == "int8":
+        stage.summary["bits_lost_per_element"] = work.bits_lost()
+
+
+def part(config: Config, stage: Stage, part: int, parts: int) -> None:
+    """Draw one part of `parts`: a task of an array. `main` gathers what the parts have drawn."""
+    Work.open(config, stage).fill(part, parts)
+
+
+@dataclass
+class Work:
+    """One process at work on a store."""
+
+    config: Config
+    stage: Stage
+    source: Source
+    request: Request
+    draft: Draft | None
+    store: Store
+    statistics: Statistics = field(default_factory=Statistics)
+    elements: int = 0
+    seconds: float = 0.0
+
+    @classmethod
+    def open(cls, config: Config, stage: Stage) -> "Work":
+        """Everything that can be wrong with the request is found here, before a draw."""
+        source = open_source(stage.input("model").folder, config.device, config.dtype)
+        tokens = stage.optional("tokens")
+        request = settle(config, source, beginnings(config, source, tokens) if tokens else None)
+        draft = open_draft(config, source, stage.optional("draft"))
+        settings = result_settings(config)
+        for role in ("draft", "tokens"):
+            given = stage.optional(role)
+            if given is not None:
+                settings[f"input {role}"] = _identity(given)
+        store = Store.start(
+            stage.folder,
+            model=source.card["fingerprint"],
+            settings=settings,
+            number=config.number,
+            samples_per_shard=min(config.samples_per_shard, config.number),
+            arrays=layouts(request, source),
+        )
+        return cls(config, stage, source, request, draft, store)
+
+    def fill(self, part: int, parts: int) -> None:
+        """Draw and write the shards of this part that are missing."""
+        store = self.store
+        shards = store.mine(part, parts)
+        began = time.monotonic()
+        with self.stage.progress(sum(len(store.rows(s)) for s in shards), "samples") as progress:
+            for shard in shards:
+                rows, batches = store.rows(shard), []
+                for start in range(0, len(rows), self.config.batch_size):
+                    indices = rows[start : start + self.config.batch_size]
+                    batches.append(self.draw_block(indices))
+                    self.elements += int(batches[-1].lengths.sum())
+                    progress.update(len(indices))
+                values = shard_arrays(self.request, self.source, rows, batches)
+                store.write(shard, values)
+                mean = float(values["log_likelihood"].mean())
+                self.stage.log(shard, log_likelihood=mean)
+        self.seconds = time.monotonic() - began
+
+    def draw_block(self, indices: range) -> Drawn:
+        """Samples of `indices`, drawn as a batch of exactly `batch_size` rows (or all there are).
+
+        Kernels round alike only for like shapes. The last batch of a shard is therefore filled
+        up (with samples that are thrown away), so that neither ranks nor resuming change a bit.
+        """
+        config, model = self.config, self.source.model
+        rows = min(config.batch_size, config.number, config.samples_per_shard)
+        wanted = list(indices)
+        plan = self.request.plan(wanted + [wanted[-1]] * (rows - len(wanted)))
+        if self.draft is None:
+            drawn = draw(model, plan, self.request.rules)
+        else:
+            drawn, found = speculate(model, self.draft, plan, self.request.rules, config.gamma)
+            self.statistics.join(found)
+        n = len(wanted)
+        return Drawn(drawn.x[:n], drawn.lengths[:n], drawn.log_likelihood[:n])
+
+    def bits_lost(self) -> float:
+        """Bits an element that int8 weights cost: log2 of int8's likelihood over float32's.
+
+        Of the first samples, which int8 drew: an estimate of KL(int8 || float32).
+        """
+        exact = open_source(self.stage.input("model").folder, self.config.device).model
+        n = min(self.config.number, LOSS_MEASURED_ON)
+        tokens = self.store.read("tokens")[:n]
+        lengths = torch.from_numpy(self.store.read("length")[:n])
+        x = torch.from_numpy(tokens.astype(np.int64)).to(self.source.device)
+        if tokens[0].size == self.source.elements:
+            x = x.reshape(n, *self.source.model.event_shape)
+        cond = None
+        if "class" in self.store.arrays:
+            cond = torch.from_numpy(self.store.read("class")[:n]).to(self.source.device)
+        with torch.no_grad():
+            difference = self.source.model.log_prob(x, cond) - exact.log_prob(x, cond)
+        counts = torch.arange(difference.shape[1]) < lengths.unsqueeze(1)
+        return float(difference.cpu()[counts].double().mean()) / math.log(2)
 
 
 def _identity(given: Artifact) -> str:
@@ -145,8 +226,6 @@ def _identity(given: Artifact) -> str:
 
 def open_draft(config: Config, source: Source, given: Artifact | None) -> Draft | None:
     """What drafts, if anything; a draft of another tokenizer's tokens is refused."""
-    from chainrule.pipeline import load
-
     settings = config.draft
     if given is None and settings is None:
         return None
@@ -164,7 +243,7 @@ def open_draft(config: Config, source: Source, given: Artifact | None) -> Draft 
                 theirs["fingerprint"],
                 str(given.folder),
             )
-        model = load(given.folder, str(source.device), getattr(torch, config.dtype)).eval()
+        model = open_source(given.folder, str(source.device), config.dtype).model
     assert settings is not None
     return make_draft(settings, source.model, model)
 
@@ -208,35 +287,6 @@ def sample_folder(model_folder: Path, out_folder: Path, config: Config) -> Path:
     )
     main(config, stage)
     return Path(out_folder)
-
-
-def _batches(rows: range, size: int) -> list[range]:
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
-
-
-def draw_block(
-    request: Request,
-    source: Source,
-    draft: Draft | None,
-    indices: range,
-    statistics: Statistics,
-) -> Drawn:
-    """Samples of `indices`, drawn as a batch of exactly `batch_size` rows where the run has them.
-
-    Kernels round alike only for like shapes. The last batch of a shard is therefore filled up
-    (with samples that are thrown away), so that neither ranks nor resuming change a bit.
-    """
-    config = request.config
-    rows = min(config.batch_size, config.number, config.samples_per_shard)
-    wanted = list(indices)
-    plan = request.plan(wanted + [wanted[-1]] * (rows - len(wanted)))
-    if draft is None:
-        drawn = draw(source.model, plan, request.rules)
-    else:
-        drawn, found = speculate(source.model, draft, plan, request.rules, config.gamma)
-        statistics.join(found)
-    n = len(wanted)
-    return Drawn(drawn.x[:n], drawn.lengths[:n], drawn.log_likelihood[:n])
 
 
 # --- what is stored ------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from chainrule.pipeline.config import RequestError, nearest
 bench = typer.Typer(help="Measure speed: ratios in one run.", rich_markup_mode=None)
 app.add_typer(bench, name="bench")
 
-DtypesOption = Annotated[list[str] | None, typer.Option("--dtype", help="float32, bfloat16")]
+DtypesOption = Annotated[list[str] | None, typer.Option("--dtype", help="float32, bfloat16, int8")]
 RoundsOption = Annotated[int, typer.Option(min=1, help="Times that each contestant is measured.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda")]
 

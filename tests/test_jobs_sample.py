@@ -176,10 +176,13 @@ def test_started_again_it_fills_what_is_missing(
     assert not (tmp_path / "cut" / "samples.json").exists()
     monkeypatch.setattr(Store, "write", write)
     drawn = []
-    block = sample.draw_block
-    monkeypatch.setattr(
-        sample, "draw_block", lambda *args: (drawn.append(args[3]), block(*args))[1]
-    )
+    block = sample.Work.draw_block
+
+    def noted(work: sample.Work, indices: range) -> Any:
+        drawn.append(indices)
+        return block(work, indices)
+
+    monkeypatch.setattr(sample.Work, "draw_block", noted)
     sample_folder(pictures, tmp_path / "cut", config)
     assert drawn == [range(15, 20), range(20, 25)]
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
@@ -458,3 +461,21 @@ def test_real_pictures_are_completed(pictures: Path, tmp_path: Path) -> None:
         assert sheet.size[1] == 4 + 2 * 68
     with pytest.raises(SamplingError, match="takes a pretokenize artifact"):
         sample_folder(pictures, tmp_path / "none", Config(complete={"share": 0.5}))
+
+
+def test_an_array_draws_the_parts_and_main_gathers(pictures: Path, tmp_path: Path) -> None:
+    config = Config(number=20, samples_per_shard=3)
+    sample_folder(pictures, tmp_path / "whole", config)
+    for number in (2, 0, 1):
+        sample.part(config, stage_for(tmp_path / "parts", pictures), number, 3)
+    assert not (tmp_path / "parts/samples.json").exists()
+    stage = stage_for(tmp_path / "parts", pictures)
+    main(config, stage)
+    assert "elements_per_second" not in stage.summary  # nothing was left to draw
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+def test_int8_weights_and_what_they_lose(text: Path, tmp_path: Path) -> None:
+    stage = stage_for(tmp_path, text)
+    main(Config(number=4, prompts=["def "], length=30, dtype="int8"), stage)
+    assert abs(stage.summary["bits_lost_per_element"]) < 0.05

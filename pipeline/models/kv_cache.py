@@ -115,7 +115,7 @@ class DecoderCursor(CachedCursor):
             lambda parameters: config.head.conditional(parameters, config.vocabulary_size),
         )
         self.model = model
-        weight = model.head.weight
+        weight = next(model.final_norm.parameters())  # of the dtype that is computed in
         window = config.window
         self.cache = KVCache(
             config.layers,

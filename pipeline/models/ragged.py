@@ -24,7 +24,7 @@ class RaggedCursor:
         if config.window is not None and config.window < config.context:
             raise ValueError("rows of their own positions need a cache without a sliding window")
         self.model = model
-        weight = model.head.weight
+        weight = next(model.final_norm.parameters())  # of the dtype that is computed in
         shape = (config.layers, batch, config.kv_heads, config.context, config.head_width)
         self.keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self.values = torch.zeros_like(self.keys)

@@ -24,6 +24,7 @@ from chainrule.pipeline.models.contract import Autoregressive
 from chainrule.pipeline.models.registry import build
 from chainrule.pipeline.sampling.drafts import Draft, ModelDraft
 from chainrule.pipeline.sampling.filters import Filters
+from chainrule.pipeline.sampling.int8 import Int8Linear, quantise_linears
 from chainrule.pipeline.sampling.sampler import Drawn, Plan, Rules, draw, pack_prompts
 from chainrule.pipeline.sampling.speculative import Gamma, Statistics, expected_speedup, speculate
 from chainrule.pipeline.sampling.uniforms import sample_seeds
@@ -57,6 +58,13 @@ def weight_bytes(model: Autoregressive) -> int:
     """Bytes read for a token: all weights but tables of which one row is looked up."""
     total = sum(p.nbytes for p in model.parameters())
     config = model.config
+    quantised = [m for m in model.modules() if isinstance(m, Int8Linear)]
+    if quantised:
+        total += sum(b.nbytes for m in quantised for b in m.buffers())
+        total -= model.embedding.weight.nbytes  # type: ignore[operator,union-attr]
+        if getattr(config, "position", None) == "learned":
+            total -= model.positions.nbytes  # type: ignore[operator,union-attr]
+        return total
     if getattr(config, "position", None) == "learned":
         total -= model.positions.nbytes  # type: ignore[operator,union-attr]
     if not getattr(config, "tied_embeddings", True):
@@ -98,21 +106,27 @@ def decode(
     rounds: int = 3,
     device: str = "cpu",
 ) -> list[dict[str, Any]]:
-    """A row for each model, dtype and batch: greedy tokens a second, ours and theirs."""
+    """A row for each model, dtype and batch: greedy tokens a second, ours and theirs.
+
+    With int8 weights, theirs are float32: `transformers` has none of its own on a CPU.
+    """
     where = torch.device(device)
     bandwidth = measure_bandwidth(where)
     rows = []
     for name in names:
         for dtype in dtypes:
-            model = build(MODELS[name], seed=0).to(where, getattr(torch, dtype)).eval()
-            theirs = _transformers_twin(model, where, getattr(torch, dtype))
+            kept = torch.float32 if dtype == "int8" else getattr(torch, dtype)
+            model = build(MODELS[name], seed=0).to(where, kept).eval()
+            theirs = _transformers_twin(model, where, kept)
+            parameters = sum(p.numel() for p in model.parameters())
+            if dtype == "int8":
+                quantise_linears(model)
             for batch in batches:
                 row = _decode_row(model, theirs, batch, tokens, rounds)
                 bound = batch * bandwidth / weight_bytes(model)
                 for who in ("ours", "transformers"):
                     if who in row:
                         row[f"{who} of bound"] = row[who] / bound
-                parameters = sum(p.numel() for p in model.parameters())
                 rows.append(
                     {
                         "model": name,
