@@ -12,7 +12,7 @@ from chainrule.pipeline.config import RequestError, nearest
 bench = typer.Typer(help="Measure speed: ratios in one run.", rich_markup_mode=None)
 app.add_typer(bench, name="bench")
 
-DtypesOption = Annotated[list[str] | None, typer.Option("--dtype", help="float32, bfloat16, int8")]
+DtypesOption = Annotated[list[str] | None, typer.Option("--dtype", help="float32, bfloat16")]
 RoundsOption = Annotated[int, typer.Option(min=1, help="Times that each contestant is measured.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda")]
 
@@ -67,7 +67,9 @@ def cursor(
 def decode(
     model: Annotated[list[str] | None, typer.Option(help="Which models.")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Batch sizes.")] = None,
-    dtype: DtypesOption = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="float32, bfloat16, int8 (weights alone).")
+    ] = None,
     tokens: Annotated[int, typer.Option(min=1)] = 64,
     rounds: RoundsOption = 3,
     device: DeviceOption = "cpu",
@@ -76,18 +78,23 @@ def decode(
     from chainrule.pipeline.sampling import bench as sampling
 
     names = _chosen("model", model, sampling.MODELS)
-    dtypes = _chosen("dtype", dtype or ["float32"], ("float32", "bfloat16"))
+    dtypes = _chosen("dtype", dtype or ["float32"], ("float32", "bfloat16", "int8"))
     _print(sampling.decode(names, batch or (1, 32), dtypes, tokens, rounds, device))
 
 
 @bench.command()
 def speculative(
-    model: Annotated[Path, typer.Argument(help="A handed-off text model.")],
+    model: Annotated[Path, typer.Argument(help="A handed-off model.")],
     draft: Annotated[
-        Path | None, typer.Option(help="A distilled draft; default: n-grams of the prompt.")
+        Path | None, typer.Option(help="A distilled draft, beside n-grams of the prompt.")
     ] = None,
-    prompt: Annotated[str, typer.Option()] = "def ",
-    tokens: Annotated[int, typer.Option(min=1)] = 128,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Also the model's own first layers as a draft.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="For a text model.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="After the prompt; default: as many as fit.")
+    ] = None,
     gamma: Annotated[int, typer.Option(min=1, help="Elements a draft, at most.")] = 4,
     batch: Annotated[list[int] | None, typer.Option(help="Batch sizes.")] = None,
     temperature: Annotated[float, typer.Option(min=0.0)] = 1.0,
@@ -96,16 +103,27 @@ def speculative(
     """Acceptance, draft cost, the formula's speed-up and the measured one."""
     from chainrule.pipeline.catalogue import job_module
     from chainrule.pipeline.sampling import bench as sampling
-    from chainrule.pipeline.sampling.drafts import ModelDraft, NgramDraft
+    from chainrule.pipeline.sampling.drafts import ModelDraft, NgramDraft, first_layers
     from chainrule.pipeline.sampling.request import settle
     from chainrule.pipeline.sampling.speculative import Gamma
 
     job: Any = job_module("sample")
     source = job.open_source(model)
     request = settle(
-        job.Config(prompts=[prompt], length=tokens, temperature=temperature, end_at=[]), source
+        job.Config(
+            prompts=None if prompt is None else [prompt],
+            length=tokens,
+            temperature=temperature,
+            end_at=[],
+        ),
+        source,
     )
     drafts: dict[str, Any] = {"n-gram": NgramDraft()}
+    if layers is not None:
+        try:
+            drafts[f"first {layers}"] = ModelDraft(first_layers(source.model, layers))
+        except ValueError as error:
+            raise RequestError(f"--layers: {error}") from None
     if draft is not None:
         card = Artifact.bare(draft).card
         require_same(
