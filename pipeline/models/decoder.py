@@ -197,8 +197,7 @@ class Decoder(Autoregressive):
             bias=config.head.kind != "categorical",
         )
         self._initialise()
-        if config.tied_embeddings:
-            self.head.weight = self.embedding.weight
+        self.tie()
 
         with torch.device("cpu"):  # also where the weights are being made on "meta"
             order = config.ordering.indices(config.event_shape)
@@ -224,6 +223,11 @@ class Decoder(Autoregressive):
             # One number has to fill the whole width: as wide as a table's row would be, it
             # would drown in what is added to it.
             nn.init.normal_(self.embedding.weight)  # type: ignore[arg-type]
+
+    def tie(self) -> None:
+        """Let the output layer use the embedding's weights, where the config says so."""
+        if self.config.tied_embeddings:
+            self.head.weight = self.embedding.weight  # type: ignore[assignment]
 
     def conditionals(
         self, x: Tensor, cond: Tensor | None = None, documents: Tensor | None = None

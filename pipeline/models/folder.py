@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from chainrule.pipeline.artifact import ArtifactError, read_json, sha256_file, write_json
-from chainrule.pipeline.config import digest
+from chainrule.pipeline.config import Settings, digest
 from chainrule.pipeline.models.contract import Autoregressive
-from chainrule.pipeline.models.registry import build
+from chainrule.pipeline.models.decoder import Decoder
+from chainrule.pipeline.models.decoder_config import DecoderConfig
+from chainrule.pipeline.models.registry import build, resolve
 
 FORMAT = 1
 WEIGHTS = "weights.safetensors"
@@ -77,7 +79,7 @@ def load(
             f"{CARD} says {card['fingerprint'][:16]}; take a fresh copy"
         )
     try:
-        model = build(card["model"])
+        model = build_empty(card["model"])
     except ValueError as error:
         raise ArtifactError(f"{folder / CARD}: {error}") from None
     place_weights(model, read_weights(folder / WEIGHTS), folder / WEIGHTS, dtype)
@@ -101,14 +103,28 @@ def read_card(folder: str | Path) -> dict[str, Any]:
     return card
 
 
+def build_empty(config: dict[str, Any] | Settings) -> Autoregressive:
+    """A model whose weights are about to be put in place; a decoder, which may be large, does
+    not draw initial ones first."""
+    settings = resolve(config)
+    if isinstance(settings, DecoderConfig):
+        with torch.device("meta"):
+            return build(settings)
+    return build(settings)
+
+
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     """The state of a model on the CPU; a tensor under two names (tied embeddings) once."""
+    return {name: t.detach().cpu().contiguous() for name, t in _distinct(model).items()}
+
+
+def _distinct(model: nn.Module) -> dict[str, Tensor]:
     kept: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            kept[name] = tensor.detach().cpu().contiguous()
+            kept[name] = tensor
     return kept
 
 
@@ -127,7 +143,7 @@ def place_weights(
 ) -> None:
     """Put `weights` into `model`, all of them and nothing else; ArtifactError names the first
     tensor that does not fit. The model takes `dtype`, or that of the weights."""
-    wanted = weights_of(model)
+    wanted = _distinct(model)
     for name in sorted(wanted.keys() | weights.keys()):
         if name not in weights:
             raise ArtifactError(f"{source}: has no tensor '{name}'")
@@ -142,7 +158,11 @@ def place_weights(
         dtype = next((t.dtype for t in weights.values() if t.is_floating_point()), None)
     if dtype is not None:
         model.to(dtype)
-    model.load_state_dict(weights, strict=False)  # tied names are missing, rightly
+        weights = {k: t.to(dtype) if t.is_floating_point() else t for k, t in weights.items()}
+    # Tied names are missing, rightly; assigned, since what stands there may be without storage.
+    model.load_state_dict(weights, strict=False, assign=True)
+    if isinstance(model, Decoder):
+        model.tie()
 
 
 def _fingerprint(config: dict[str, Any], folder: Path) -> str:

@@ -33,7 +33,8 @@ def check_values(x: Tensor, vocabulary_size: int | None) -> None:
         return
     if x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.bool:
         raise ValueError(f"x has dtype {x.dtype}: the model's elements are integers")
-    if x.numel() and not x.is_meta:  # a meta tensor (chainrule plan) has no values
+    # Neither a meta tensor (chainrule plan) nor a graph being compiled has values to look at.
+    if x.numel() and not x.is_meta and not torch.compiler.is_compiling():
         low, high = (int(v) for v in torch.aminmax(x))
         if low < 0 or high >= vocabulary_size:
             wrong = low if low < 0 else high
@@ -51,7 +52,7 @@ def check_condition(cond: Tensor | None, classes: int | None, batch: int) -> Non
             f"cond has shape {tuple(cond.shape)} and dtype {cond.dtype}: "
             f"the model takes integers of shape ({batch},)"
         )
-    if cond.numel():
+    if cond.numel() and not torch.compiler.is_compiling():
         low, high = (int(v) for v in torch.aminmax(cond))
         if low < -1 or high >= classes:
             wrong = low if low < -1 else high

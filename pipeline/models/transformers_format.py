@@ -25,8 +25,7 @@ from chainrule.pipeline.artifact import ArtifactError, read_json, write_json
 from chainrule.pipeline.models.contract import Autoregressive
 from chainrule.pipeline.models.decoder import Decoder
 from chainrule.pipeline.models.decoder_config import DecoderConfig
-from chainrule.pipeline.models.folder import place_weights, read_weights
-from chainrule.pipeline.models.registry import build
+from chainrule.pipeline.models.folder import build_empty, place_weights, read_weights
 from chainrule.pipeline.models.transformers_config import (
     check_expressible,
     read_config,
@@ -173,7 +172,7 @@ def from_transformers(
     if not config.tied_embeddings:
         head = weights.get("lm_head.weight", table)  # theirs are tied where the file has none
         ours["head.weight"] = head[:size].contiguous()
-    model = build(config)
+    model = build_empty(config)
     place_weights(model, ours, folder, dtype)
     return model.to(device).eval()
 
