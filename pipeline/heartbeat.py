@@ -14,14 +14,19 @@ import time
 VARIABLE = "CHAINRULE_HANG_AFTER_S"
 STACKS_BEFORE_EXIT_S = 10.0
 """The first rank to exit takes the others with it: each has this long to write its stacks."""
+START_UP = 10
+"""Before its first step a process may be silent so many times longer: imports, compilation,
+meeting the other ranks."""
 
 _last = time.monotonic()
+_beats = 0
 
 
 def beat() -> None:
     """Something moved on: a step, a sample, a shard."""
-    global _last
+    global _last, _beats
     _last = time.monotonic()
+    _beats += 1
 
 
 def watch_if_asked(exit_code: int) -> None:
@@ -32,7 +37,8 @@ def watch_if_asked(exit_code: int) -> None:
 
 def watch(hang_after_s: float, exit_code: int) -> None:
     """End this process with `exit_code` once `hang_after_s` pass without a beat."""
-    beat()
+    global _last, _beats
+    _last, _beats = time.monotonic(), 0
     thread = threading.Thread(
         target=_watch, args=(hang_after_s, exit_code), name="heartbeat", daemon=True
     )
@@ -42,8 +48,9 @@ def watch(hang_after_s: float, exit_code: int) -> None:
 def _watch(hang_after_s: float, exit_code: int) -> None:
     while True:
         silent = time.monotonic() - _last
-        if silent < hang_after_s:
-            time.sleep(min(hang_after_s - silent, 60.0))
+        allowed = hang_after_s if _beats else START_UP * hang_after_s
+        if silent < allowed:
+            time.sleep(min(allowed - silent, hang_after_s, 60.0))
             continue
         before = _last
         rank = os.environ.get("RANK", "0")

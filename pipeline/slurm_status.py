@@ -84,8 +84,9 @@ def _inputs(pipeline: Pipeline, stage: str) -> str:
 
 
 def log_tail(path: Path, lines: int = LOG_LINES) -> list[str]:
-    """The last lines of a job's log; its scripts' own marks are left out."""
+    """The last lines of a job's log; what the script and srun say of the end itself is left out."""
     if not path.is_file():
         return []
     said = path.read_text(errors="replace").splitlines()
-    return [line for line in said if line.strip() and not line.startswith("=== ")][-lines:]
+    noise = ("=== ", "srun: launch/slurm", "srun: Job step aborted", "slurmstepd")
+    return [line for line in said if line.strip() and not line.startswith(noise)][-lines:]

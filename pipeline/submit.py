@@ -22,7 +22,7 @@ from typing import Any
 
 from chainrule.pipeline import artifact, slurm
 from chainrule.pipeline.artifact import read_json, write_json
-from chainrule.pipeline.config import RequestError, digest
+from chainrule.pipeline.config import RequestError, Resources, digest
 from chainrule.pipeline.graph import Pipeline, State
 from chainrule.pipeline.launch import Selection
 from chainrule.pipeline.slurm import Job, Profile
@@ -81,7 +81,7 @@ def submit(
         decisions = _decide(pipeline, profile, names, selection, alive)
         _write_seen(folder)
         _write_config(pipeline)
-        _queue(pipeline, decisions)
+        _queue(pipeline, profile, decisions)
     return decisions
 
 
@@ -211,6 +211,27 @@ def stage_line(
     )
 
 
+def report_line(pipeline: Pipeline, profile: Profile, after: list[str]) -> list[str]:
+    """The `sbatch` command that writes the report once the jobs `after` have ended."""
+    folder = slurm_folder(pipeline)
+    arguments = [str(_config_copy(pipeline)), "--runs", str(pipeline.runs.absolute())]
+    for override in pipeline.overrides:
+        arguments += ["--set", override]
+    line = slurm.sbatch_line(
+        slurm.scripts_folder() / "report.sbatch",
+        arguments,
+        Resources(),
+        profile.of("report").model_copy(update={"time": None, "cpus": None, "memory": None}),
+        name=f"{pipeline.name}.report",
+        folder=Path.cwd(),
+        log=folder / "report-%j.log",
+        signal_before_s=profile.signal_before_s,
+        environment=_environment(pipeline, profile),
+    )
+    at = next(i for i, word in enumerate(line) if word.startswith("--export="))
+    return [*line[:at], f"--dependency=afterany:{':'.join(after)}", *line[at:]]
+
+
 def _environment(pipeline: Pipeline, profile: Profile) -> dict[str, str]:
     values = {
         "CHAINRULE_HOME": str(slurm.scripts_folder().parent),
@@ -230,7 +251,8 @@ def _environment(pipeline: Pipeline, profile: Profile) -> dict[str, str]:
     return values
 
 
-def _queue(pipeline: Pipeline, decisions: list[Decision]) -> None:
+def _queue(pipeline: Pipeline, profile: Profile, decisions: list[Decision]) -> None:
+    """Queue what was decided, and a last job that writes the report; all of it or nothing."""
     ids: dict[str, str] = {d.stage: d.job for d in decisions if d.job is not None}
     queued: list[str] = []
     try:
@@ -256,6 +278,8 @@ def _queue(pipeline: Pipeline, decisions: list[Decision]) -> None:
                 "line": decision.line,
             }
             write_json(slurm_folder(pipeline) / f"{decision.stage}.json", record)
+        if queued:
+            slurm.submit_line(report_line(pipeline, profile, queued))
     except RequestError:
         if queued:
             slurm.cancel(queued)

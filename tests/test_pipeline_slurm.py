@@ -159,7 +159,7 @@ def test_every_script_is_of_a_job_and_bash_accepts_it() -> None:
     from chainrule.pipeline.catalogue import stage_jobs
 
     folder = slurm.scripts_folder()
-    assert {path.stem for path in folder.glob("*.sbatch")} <= {*stage_jobs(), "stage"}
+    assert {path.stem for path in folder.glob("*.sbatch")} <= {*stage_jobs(), "stage", "report"}
     for path in (*folder.glob("*.sbatch"), *folder.glob("*.sh")):
         subprocess.run(["bash", "-n", str(path)], check=True)
 

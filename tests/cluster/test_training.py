@@ -147,6 +147,22 @@ def test_two_nodes_are_two_ranks(training: Training) -> None:
     assert "on 127.0.0.[1-2]" in training.log(job)
 
 
+def test_two_nodes_with_deepspeed(
+    cluster: "Cluster", tokens: Path, quiet: list[tuple[int, float]], tmp_path: Path
+) -> None:
+    """ZeRO-1 over two nodes, preempted by hand in the middle: the losses of DDP."""
+    training = _copy(cluster, tokens, tmp_path)
+    job = training.submit("--only", "decoder", "--set", "decoder.engine={strategy: zero1}")
+    training.wait_for_checkpoint(job)
+    training.cluster.slurm("scontrol", "requeue", job)
+    training.ends(job)
+    assert training.cluster.job(job)["Restarts"] == "1"
+    for (step, loss), (at, wanted) in zip(training.losses(), quiet, strict=True):
+        assert step == at
+        assert loss == pytest.approx(wanted, rel=1e-4)
+    training.chainrule("verify", str(training.root / "decoder"))
+
+
 def test_a_rank_is_killed(training: Training) -> None:
     job = training.submit("--only", "decoder")
     training.wait_for_checkpoint(job)
