@@ -314,7 +314,9 @@ class _MixtureHead(Settings):
 
     def _spread(self, low: float, high: float, log_scale: float) -> Tensor:
         """Equal weights, means evenly from low to high: components that start in one place
-        tend to stay there."""
+        tend to stay there. (And components of a density that start far apart become the bars
+        of a histogram instead of following what came before: on patches of photographs a MADE
+        reached 11.9 nats in 300 steps from +-0.2, -1.8 from +-2.)"""
         means = torch.linspace(low, high, self.components + 2)[1:-1]
         return torch.cat([torch.zeros_like(means), means, torch.full_like(means, log_scale)])
 
@@ -333,7 +335,7 @@ class MixtureOfGaussiansHead(_MixtureHead):
         return False
 
     def initial_bias(self, vocabulary_size: int | None) -> Tensor:
-        return self._spread(-2.0, 2.0, -0.5)
+        return self._spread(-0.2, 0.2, -0.5)
 
     def conditional(self, parameters: Tensor, vocabulary_size: int | None) -> Conditional:
         return MixtureOfGaussians(*self._parts(parameters))
@@ -349,7 +351,7 @@ class MixtureOfLogisticsHead(_MixtureHead):
         return False
 
     def initial_bias(self, vocabulary_size: int | None) -> Tensor:
-        return self._spread(-2.0, 2.0, -1.0)
+        return self._spread(-0.2, 0.2, -1.0)
 
     def conditional(self, parameters: Tensor, vocabulary_size: int | None) -> Conditional:
         return MixtureOfLogistics(*self._parts(parameters))
