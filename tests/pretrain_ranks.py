@@ -28,8 +28,15 @@ TEXT = {
 IMAGE = {"size": 8, "ranges": {"image": [0, 8]}, "specials": {}}
 
 
-def write_tokens(folder: Path, modality: str, samples: int = 60) -> Path:
+def write_tokens(
+    folder: Path,
+    modality: str,
+    samples: int = 60,
+    vocabulary: dict[str, Any] | None = None,
+    tokenizer: dict[str, str] | None = None,
+) -> Path:
     """A token artifact that can be learned: runs of rising ids, or grids of one value a label."""
+    vocabulary = vocabulary or (TEXT if modality == "text" else IMAGE)
     folder.mkdir(parents=True)
     for number, split in enumerate(("train", "validation")):
         with ShardWriter(folder, number, split) as shard:
@@ -37,8 +44,9 @@ def write_tokens(folder: Path, modality: str, samples: int = 60) -> Path:
                 generator = np.random.default_rng(i)
                 if modality == "text":
                     start, length = generator.integers(32), generator.integers(4, 40)
-                    tokens = ((start + np.arange(length)) % 32).astype(np.uint8)
-                    tokens = np.append(tokens, np.uint8(33))
+                    eos = vocabulary["specials"]["eos"]
+                    tokens = ((start + np.arange(length)) % 32).astype(np.uint16)
+                    tokens = np.append(tokens, eos)
                     meta: dict[str, Any] = {"bytes": len(tokens)}
                 else:
                     tokens = np.full((2, 3), i % 4, np.uint8)
@@ -51,8 +59,8 @@ def write_tokens(folder: Path, modality: str, samples: int = 60) -> Path:
         modality=modality,
         shards=2,
         classes=[str(i) for i in range(4)] if modality == "image" else None,
-        vocabulary=TEXT if modality == "text" else IMAGE,
-        tokenizer={"fingerprint": f"of-{modality}", "kind": "test"},
+        vocabulary=vocabulary,
+        tokenizer=tokenizer or {"fingerprint": f"of-{modality}", "kind": "test"},
         grid=[2, 3] if modality == "image" else None,
         source="none",
     )

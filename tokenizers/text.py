@@ -152,6 +152,14 @@ class SentencePieceTokenizer(Tokenizer):
     def fingerprint(self) -> str:
         return fingerprint_of({"kind": self.kind}, {"model": self.model})
 
+    def piece(self, number: int) -> str:
+        """The text of a piece, spaces as U+2581; bytes as <0x0A>."""
+        return str(self._processor.id_to_piece(number))
+
+    def score(self, number: int) -> float:
+        """Log-probability of a unigram piece; minus the order of merging of a BPE piece."""
+        return float(self._processor.get_score(number))
+
     def encode(self, batch: Sequence[str]) -> list[np.ndarray]:
         dtype = np.min_scalar_type(self.pieces + 1)
         plain = [i for i, text in enumerate(batch) if SPACE not in text]

@@ -1,0 +1,200 @@
+"""handoff and export: any checkpoint as a model folder, and that as a `transformers` folder."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from chainrule.jobs import handoff, pretrain
+from chainrule.jobs.export import export
+from chainrule.pipeline import load
+from chainrule.pipeline.artifact import Artifact, ArtifactError, LineageError, read_json
+from chainrule.pipeline.config import RequestError
+from chainrule.pipeline.stage import Stage
+from chainrule.pipeline.training.checkpoints import Checkpoint, average, step_folder
+from chainrule.tokenizers.interface import load as load_tokenizer
+from chainrule.tokenizers.text import SentencePieceSettings, SentencePieceTokenizer
+
+sys.path.insert(0, str(Path(__file__).parent))
+import pretrain_ranks as ranks
+
+DOCUMENTS = [f"def f{i}(x):\n    return x + {i}  # été {i * 7}\n" for i in range(200)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
+    settings = SentencePieceSettings(vocabulary_size=300)
+    trained = SentencePieceTokenizer.train(settings, DOCUMENTS)
+    trained.facts["compression"] = 3.5
+    trained.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Path:
+    """A trained run with averaged weights, validated at every checkpoint."""
+    root = tmp_path_factory.mktemp("run")
+    of = load_tokenizer(tokenizer)
+    tokens = ranks.write_tokens(
+        root / "tokens",
+        "text",
+        40,
+        of.vocabulary,
+        {"fingerprint": of.fingerprint, "kind": "sentencepiece"},
+    )
+    config = {
+        "model": {"preset": "llama-debug", "layers": 1, "heads": 2, "width": 16, "context": 16},
+        "steps": 12,
+        "batch_size": 8,
+        "optimizer": {"learning_rate": 0.03},
+        "checkpoint_every": 3,
+        "validate_every": 3,
+        "keep": 4,
+        "ema": 0.9,
+    }
+    stage = ranks.stage_of(root / "decoder", [tokens])
+    pretrain.main(pretrain.Config.model_validate(config), stage)
+    return root / "decoder"
+
+
+def hand_off(folder: Path, decoder: Path, *tokenizers: Path, **config: Any) -> Stage:
+    stage = Stage(
+        name="model",
+        pipeline="test",
+        job="handoff",
+        folder=folder,
+        fingerprint="f" * 64,
+        inputs={
+            "decoder": [Artifact.bare(decoder)],
+            "tokenizer": [Artifact.bare(path) for path in tokenizers],
+        },
+    )
+    handoff.main(handoff.Config.model_validate(config), stage)
+    return stage
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(load(folder).state_dict())
+
+
+def test_a_model_folder_stands_alone(tmp_path, decoder, tokenizer):
+    hand_off(tmp_path / "model", decoder, tokenizer)
+    moved = (tmp_path / "model").rename(tmp_path / "elsewhere")
+    model = load(moved)
+    card = read_json(moved / "card.json")
+    expected = dict(Checkpoint.open(step_folder(decoder / "checkpoints", 12)).tensors("model"))
+    found = dict(model.named_parameters())
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert card["step"] == 12
+    assert card["weights"] == "raw"
+    assert card["validation"]["loss"] > 0
+    assert card["lineage"]["tokens"]
+    assert card["tokenizer"]["path"] == "tokenizer"
+    copy = load_tokenizer(moved / "tokenizer")
+    assert copy.fingerprint == card["tokenizer"]["fingerprint"]
+    assert copy.decode(copy.encode(["x = 1\n"])) == ["x = 1\n"]
+    assert read_json(moved / "tokenizer" / "card.json")["compression"] == 3.5
+
+
+@pytest.mark.parametrize("kind", ["raw", "ema", "best", "average"])
+def test_every_kind_of_weights(tmp_path, decoder, kind):
+    hand_off(tmp_path / "model", decoder, weights=kind, average_of=3)
+    checkpoints = decoder / "checkpoints"
+    last = Checkpoint.open(step_folder(checkpoints, 12))
+    if kind == "average":
+        expected = average([Checkpoint.open(step_folder(checkpoints, s)) for s in (12, 9, 6)])
+    elif kind == "best":
+        best = last.state["best_step"]
+        expected = dict(Checkpoint.open(step_folder(checkpoints, best)).tensors("model"))
+    else:
+        expected = dict(last.tensors("ema" if kind == "ema" else "model"))
+    found = weights(tmp_path / "model")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    card = read_json(tmp_path / "model" / "card.json")
+    if kind == "ema":
+        assert card["validation"]["loss"] == last.state["final"]["ema_validation_loss"]
+    assert ("loss" in card["validation"]) == (kind != "average")
+
+
+def test_a_step_of_ones_own_choice(tmp_path, decoder):
+    stage = hand_off(tmp_path / "model", decoder, step=6)
+    assert stage.summary["step"] == 6
+    with pytest.raises(ArtifactError, match="no checkpoint of step 7; there are 3, 6, 9, 12"):
+        hand_off(tmp_path / "other", decoder, step=7)
+
+
+def test_half_the_bytes(tmp_path, decoder):
+    hand_off(tmp_path / "model", decoder, dtype="bfloat16")
+    assert {t.dtype for t in load(tmp_path / "model").parameters()} == {torch.bfloat16}
+
+
+def test_another_tokenizer_is_refused_with_both_fingerprints(tmp_path, decoder):
+    other = tmp_path / "other"
+    SentencePieceTokenizer.train(SentencePieceSettings(vocabulary_size=290), DOCUMENTS).save(other)
+    theirs = read_json(other / "card.json")["fingerprint"]
+    ours = read_json(decoder / "model.json")["tokenizers"][0]["fingerprint"]
+    with pytest.raises(LineageError, match=f"{ours[:16]}.*{theirs[:16]}"):
+        hand_off(tmp_path / "model", decoder, other)
+
+
+def test_an_altered_checkpoint_is_passed_over(tmp_path, decoder, caplog):
+    copy = tmp_path / "decoder"
+    for path in decoder.rglob("*"):
+        if path.is_file():
+            (copy / path.relative_to(decoder)).parent.mkdir(parents=True, exist_ok=True)
+            (copy / path.relative_to(decoder)).write_bytes(path.read_bytes())
+    file = step_folder(copy / "checkpoints", 12) / "state-00000.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    stage = hand_off(tmp_path / "model", copy)
+    assert stage.summary["step"] == 9
+    assert "step-00000012" in caplog.text
+
+
+def test_averaged_weights_that_were_not_kept_are_refused(tmp_path, decoder):
+    copy = tmp_path / "decoder"
+    (copy / "checkpoints" / "step-00000012").mkdir(parents=True)
+    (copy / "model.json").write_bytes((decoder / "model.json").read_bytes())
+    source = step_folder(decoder / "checkpoints", 12)
+    manifest = read_json(source / "checkpoint.json")
+    for entry in manifest["files"].values():
+        entry["tensors"] = [name for name in entry["tensors"] if not name.startswith("ema/")]
+    target = copy / "checkpoints" / "step-00000012"
+    (target / "checkpoint.json").write_text(json.dumps(manifest))
+    file = "state-00000.safetensors"
+    (target / file).write_bytes((source / file).read_bytes())
+    with pytest.raises(RequestError, match="holds no averaged weights"):
+        hand_off(tmp_path / "model", copy, weights="ema")
+
+
+def test_transformers_loads_what_export_writes(tmp_path, decoder, tokenizer):
+    transformers = pytest.importorskip("transformers")
+    hand_off(tmp_path / "model", decoder, tokenizer)
+    export(tmp_path / "model", tmp_path / "theirs")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs").eval()
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs")
+    ours, our_tokenizer = load(tmp_path / "model"), load_tokenizer(tmp_path / "model" / "tokenizer")
+    text = "def f7(x):\n"
+    ids = our_tokenizer.encode([text])[0].tolist()
+    assert their_tokenizer(text)["input_ids"] == [their_tokenizer.bos_token_id, *ids]
+    assert their_tokenizer.decode(ids) == text
+    x = torch.tensor([ids[:16]])
+    with torch.no_grad():
+        mine = ours.conditionals(x).logits
+        logits = theirs(torch.tensor([[their_tokenizer.bos_token_id, *ids[:15]]])).logits
+    assert torch.allclose(mine, logits[:, : mine.shape[1], : mine.shape[2]], atol=1e-4)
+
+
+def test_a_model_without_a_counterpart_is_refused(tmp_path):
+    from chainrule.pipeline import build
+    from chainrule.pipeline.models import folder as model_folder
+
+    model_folder.save(build("made-debug", seed=0), tmp_path / "model", {})
+    with pytest.raises(RequestError, match="has no counterpart in transformers"):
+        export(tmp_path / "model", tmp_path / "theirs")
