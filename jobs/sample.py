@@ -21,7 +21,7 @@ from PIL import Image
 from chainrule.pipeline.artifact import Artifact, require_same, sha256_file
 from chainrule.pipeline.config import digest, result_settings
 from chainrule.pipeline.sampling.drafts import Draft, ModelDraftSettings, make_draft
-from chainrule.pipeline.sampling.int8 import quantise_linears
+from chainrule.pipeline.sampling.int8 import quantise
 from chainrule.pipeline.sampling.pictures import (
     contact_sheet,
     save_picture,
@@ -64,7 +64,7 @@ def open_source(folder: Path, device: str = "auto", dtype: str = "float32") -> S
     in_memory = torch.float32 if dtype == "int8" else getattr(torch, dtype)
     model = load(folder, device=str(chosen), dtype=in_memory).eval()
     if dtype == "int8":
-        quantise_linears(model)
+        quantise(model)
     card = _card(folder)
     tokenizer = None
     if card.get("tokenizer") is not None:

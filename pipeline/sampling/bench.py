@@ -24,7 +24,7 @@ from chainrule.pipeline.models.contract import Autoregressive
 from chainrule.pipeline.models.registry import build
 from chainrule.pipeline.sampling.drafts import Draft, ModelDraft
 from chainrule.pipeline.sampling.filters import Filters
-from chainrule.pipeline.sampling.int8 import Int8Linear, quantise_linears
+from chainrule.pipeline.sampling.int8 import Int8Linear, quantise
 from chainrule.pipeline.sampling.sampler import Drawn, Plan, Rules, draw, pack_prompts
 from chainrule.pipeline.sampling.speculative import Gamma, Statistics, expected_speedup, speculate
 from chainrule.pipeline.sampling.uniforms import sample_seeds
@@ -56,20 +56,12 @@ def measure_bandwidth(device: torch.device, megabytes: int = 1024) -> float:
 
 def weight_bytes(model: Autoregressive) -> int:
     """Bytes read for a token: all weights but tables of which one row is looked up."""
-    total = sum(p.nbytes for p in model.parameters())
-    config = model.config
+    sizes = {name: parameter.nbytes for name, parameter in model.named_parameters()}
     quantised = [m for m in model.modules() if isinstance(m, Int8Linear)]
-    if quantised:
-        total += sum(b.nbytes for m in quantised for b in m.buffers())
-        total -= model.embedding.weight.nbytes  # type: ignore[operator,union-attr]
-        if getattr(config, "position", None) == "learned":
-            total -= model.positions.nbytes  # type: ignore[operator,union-attr]
-        return total
-    if getattr(config, "position", None) == "learned":
-        total -= model.positions.nbytes  # type: ignore[operator,union-attr]
-    if not getattr(config, "tied_embeddings", True):
-        total -= model.embedding.weight.nbytes  # type: ignore[operator,union-attr]
-    return total
+    if quantised or not getattr(model.config, "tied_embeddings", True):
+        sizes.pop("embedding.weight", None)
+    sizes.pop("positions", None)
+    return sum(sizes.values()) + sum(b.nbytes for m in quantised for b in m.buffers())
 
 
 def _plan(model: Autoregressive, batch: int, tokens: int, seed: int = 0) -> Plan:
@@ -120,7 +112,7 @@ def decode(
             theirs = _transformers_twin(model, where, kept)
             parameters = sum(p.numel() for p in model.parameters())
             if dtype == "int8":
-                quantise_linears(model)
+                quantise(model)
             for batch in batches:
                 row = _decode_row(model, theirs, batch, tokens, rounds)
                 bound = batch * bandwidth / weight_bytes(model)
@@ -168,7 +160,7 @@ def _transformers_twin(model: Autoregressive, device: torch.device, dtype: torch
 
     with tempfile.TemporaryDirectory() as folder:
         to_transformers(model, Path(folder))
-        twin = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        twin: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     return twin.to(device).eval()
 
 

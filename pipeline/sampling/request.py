@@ -61,7 +61,7 @@ class Config(Filters):
     seed: int = Field(0, ge=0)
     samples_per_shard: int = Field(1000, ge=1, description="rows of one zarr shard")
     dtype: Literal["float32", "bfloat16", "int8"] = Field(
-        "float32", description="of the weights; int8: rows scaled to 8 bits, float32 arithmetic"
+        "float32", description="int8: weights of 8 bits, a scale a row; the rest bfloat16"
     )
     batch_size: int = runtime(50, ge=1, description="samples drawn together")
     device: str = runtime("auto", description="auto, cpu, cuda, cuda:1, …")
