@@ -311,6 +311,8 @@ def printed(reports: Sequence[Report], container_bytes: int) -> Iterator[str]:
 
 def main(config: Config, stage: Stage) -> None:
     """Code the samples of a split, decode them, compare, and report sizes and speeds."""
+    if not stage.is_main:
+        return
     source = open_source(stage.input("model").folder, config.device, config.dtype)
     adapter = open_adapter(source)
     shards = Shards.open(stage.input("data").folder)

@@ -116,6 +116,8 @@ def _units(thing: Any) -> int:
 
 
 def main(config: Config, stage: Stage) -> None:
+    if not stage.is_main:
+        return
     shards = Shards.open(stage.input("data").folder)
     files = Files.of(shards, config.split, config.limit)
     rows: list[Row] = []

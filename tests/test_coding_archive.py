@@ -14,11 +14,12 @@ from chainrule.pipeline.coding import container
 from chainrule.pipeline.coding.archive import pack, unpack
 from chainrule.pipeline.coding.blocks import Layout
 from chainrule.pipeline.coding.container import ContainerError
-from chainrule.pipeline.coding.forms import Adapter
+from chainrule.pipeline.coding.forms import Adapter, NotForModel
 from chainrule.pipeline.models.contract import Autoregressive, Conditional, Cursor
 from chainrule.tokenizers.bytes import ByteTokenizer
 from chainrule.tokenizers.mulaw import MuLawSettings, MuLawTokenizer
 from chainrule.tokenizers.pixels import PixelSettings, PixelTokenizer
+from chainrule.tokenizers.text import SentencePieceSettings, SentencePieceTokenizer
 
 
 class Decaying(Conditional):
@@ -248,6 +249,29 @@ def test_a_lossy_tokenizer_falls_back(tmp_path):
     assert back == [("a.png", lossy), ("b.png", kept)]
     assert "lossy" in reports[0].why
     assert reports[1].how == "model (png)"
+
+
+@pytest.mark.parametrize("normalization", ["identity", "nfkc"])
+def test_text_through_sentencepiece_is_exact_or_not_for_the_model(normalization):
+    settings = SentencePieceSettings(vocabulary_size=300, normalization=normalization)
+    corpus = ["def f(x):\n    return x\n", "the words that it learned, and spaces  too. "] * 50
+    tokenizer = SentencePieceTokenizer.train(settings, corpus)
+    adapter = Adapter(tokenizer)
+    texts = [corpus[0], corpus[1] * 3, "\u2581 \r\n\0 ü 世界 \ufffd", " ", "ﬁ \u00a0x"]
+    exact = []
+    for text in texts:
+        data = text.encode()
+        try:
+            split = adapter.split(data)
+        except NotForModel as reason:
+            exact.append(False)
+            assert "exactly" in str(reason)  # noqa: PT017
+            continue
+        exact.append(True)
+        assert adapter.join(split.form, split.items, split.side, split.extra, None) == data
+    assert exact == [True] * 4 + [normalization == "identity"]
+    with pytest.raises(NotForModel, match="UTF-8"):
+        adapter.split(b"\xff\xfe")
 
 
 def packed(tmp_path):
