@@ -715,5 +715,7 @@ def _quiet_deepspeed(gpu: bool) -> None:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
+    # DeepSpeed calls torch.distributed by names that torch 2.13 replaced, at every step.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if not gpu:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
