@@ -203,7 +203,7 @@ class Node:
     inputs: Sequence[str] = field(default_factory=tuple)
 
 
-BOX_W, BOX_H, GAP_X, GAP_Y = 168, 74, 36, 20
+BOX_W, BOX_H, GAP_X, GAP_Y = 180, 74, 30, 20
 
 
 def graph(nodes: Sequence[Node]) -> str:
