@@ -49,6 +49,21 @@ def step(
 
 
 @bench.command()
+def train(
+    shape: Annotated[list[str] | None, typer.Option(help="4x128, 6x384, 124m")] = None,
+    precision: Annotated[list[str] | None, typer.Option(help="fp32, bf16")] = None,
+    rounds: RoundsOption = 15,
+    compiled: Annotated[bool, typer.Option("--compile", help="torch.compile in all.")] = False,
+) -> None:
+    """A pretraining step against a bare PyTorch loop and against transformers + accelerate."""
+    from chainrule.pipeline.training import bench as training
+
+    shapes = _chosen("shape", shape or ["4x128"], training.SHAPES)
+    precisions = _chosen("precision", precision, ("fp32", "bf16"))
+    _print(training.train(shapes, precisions, rounds, compiled))
+
+
+@bench.command()
 def cursor(
     family: Annotated[list[str] | None, typer.Option(help="Which families.")] = None,
     side: Annotated[list[int] | None, typer.Option(help="Sides of the pictures.")] = None,

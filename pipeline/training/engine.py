@@ -43,6 +43,8 @@ from chainrule.pipeline.training.ema import ExponentialAverage
 
 Strategy = Literal["auto", "single", "ddp", "zero0", "zero1", "zero2", "zero3"]
 Precision = Literal["fp32", "bf16", "fp16"]
+MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+"""Accelerate's names of the precisions."""
 Micro = TypeVar("Micro")
 """A micro-batch: whatever the objective takes."""
 
@@ -147,9 +149,7 @@ class Engine:
             os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
             if self.stage is not None:
                 PartialState(cpu=True)  # see the head of this file
-        options: dict[str, Any] = {
-            "mixed_precision": {"fp32": "no"}.get(self.precision, self.precision)
-        }
+        options: dict[str, Any] = {"mixed_precision": MIXED_PRECISION[self.precision]}
         if self.stage is not None:
             options["deepspeed_plugin"] = DeepSpeedPlugin(hf_ds_config=self._deepspeed_config())
         else:
@@ -626,6 +626,13 @@ def check_combination(strategy: str, precision: str, ranks: int, gpu: bool) -> N
         )
     if precision == "fp16" and not gpu:
         raise RequestError("precision fp16 needs a GPU; use bf16 or fp32 on a CPU")
+
+
+def plain_accelerator(device: torch.device, precision: Precision) -> Any:
+    """An Accelerator as anyone would make it: what the engine is measured against."""
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=device.type == "cpu", mixed_precision=MIXED_PRECISION[precision])
 
 
 def require_same_parameters(checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> None:
