@@ -151,6 +151,8 @@ def _attempt(pipeline: Pipeline, spec: StageSpec, stage: Stage, attempt: dict[st
         status = "FAILED"
         if stage.is_main:
             _record_failure(stage, error)
+        if isinstance(error, RequestError):  # once a stage has begun, it is the stage that fails
+            raise StageFailed(str(error)) from error
         raise
     finally:
         if stage.is_main:
