@@ -13,10 +13,10 @@ quickstart: $(VENV)/installed ## train everything small and write runs/quickstar
 	@$(PYTHON) -c "import pathlib, webbrowser; p = pathlib.Path('runs/quickstart/report.html').resolve(); print('open', p.as_uri()); webbrowser.open(p.as_uri())" 2>/dev/null || true
 
 test: $(VENV)/installed ## every test but those that need a Slurm cluster
-	$(BIN)/python -m pytest tests --ignore=tests/cluster
+	$(BIN)/python -m pytest tests --ignore=tests/cluster -n 2 --dist worksteal
 
 check: $(VENV)/installed lint types ## the fast subset, for daily work
-	$(BIN)/python -m pytest tests --ignore=tests/cluster -m "not slow and not browser" -n 2
+	$(BIN)/python -m pytest tests --ignore=tests/cluster -m "not slow and not browser" -n 2 --dist worksteal
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

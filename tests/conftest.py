@@ -7,7 +7,8 @@ import pytest
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# The models of the tests are tiny and the suite runs on two workers: a thread each.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault(
     "TORCH_EXTENSIONS_DIR", str(Path(__file__).parents[1] / "build" / "torch_extensions")
 )
