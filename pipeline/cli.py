@@ -288,9 +288,10 @@ def ui(
 
 def main() -> None:
     """Entry point: errors of the user's making become one or two lines and an exit code."""
-    # OpenMP threads that wait by spinning take the core from the ones they wait for as soon as
-    # the machine has other work: seen ten times as slow on two busy cores. Read when torch loads.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # OpenMP threads that spin long while they wait take the core from the ones they wait for as
+    # soon as the machine has other work (30 times as slow on two busy cores); threads that do
+    # not spin at all halve the speed of small models on quiet ones. Read when torch loads.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     code = _main()
     sys.stdout.flush()
     sys.stderr.flush()
