@@ -1,1 +1,1 @@
-"""Whole pipelines, one YAML each; `configs/deepspeed/` holds engine settings."""
+"""Whole pipelines, one YAML each; `chainrule run quickstart` finds them by name."""
