@@ -294,7 +294,9 @@ class Decoder(Autoregressive):
         h = _drop(h, dropout)
 
         rope = self.rope(0, length, h)
-        attend = _full_attention(visible(length, config.window, documents, x.device), dropout)
+        attention_dropout = config.attention_dropout if self.training else 0.0
+        mask = visible(length, config.window, documents, x.device)
+        attend = _full_attention(mask, attention_dropout)
         kept = [h] if keep else []
         for block in self.blocks:
             if self.activation_checkpointing and self.training:

@@ -77,7 +77,13 @@ class DecoderConfig(Settings):
     window: int | None = Field(
         None, ge=1, description="inputs that one attends to, itself included; none: all before it"
     )
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(0.0, ge=0, lt=1, description="of the start, and of what a block adds")
+    attention_dropout: float = Field(
+        default_factory=lambda data: data["dropout"],
+        ge=0,
+        lt=1,
+        description="of attention weights (slow on a CPU: no fused kernel has it); default: dropout",
+    )
 
     classes: int | None = Field(None, ge=1, description="conditioned on one of so many classes")
     class_dropout: float = Field(
