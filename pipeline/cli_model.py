@@ -174,13 +174,11 @@ def compress(
     adapt: Annotated[
         bool, typer.Option("--adapt", help="Let the model learn while it codes (slow).")
     ] = False,
+    overrides: JobSetOption = None,
 ) -> None:
     """Compress files under a model's likelihood; they come back bit for bit."""
-    from chainrule.pipeline.coding.adapt import Adapt
-    from chainrule.pipeline.coding.blocks import Layout
-
-    layout = Layout(adapt=Adapt() if adapt else None)
     job = job_module("compress")
+    layout = settings("compress", {"adapt": {} if adapt else None}, overrides).layout
     reports = job.compress_files(model, files, out, verify, layout, force=force)
     for line in job.printed(reports, out.stat().st_size):
         typer.echo(line)

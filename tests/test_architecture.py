@@ -51,6 +51,8 @@ def test_imports_run_one_way(path: Path) -> None:
         if room[0] == "tokenizers":
             assert parts[1] == "tokenizers", f"{path} imports {name}"
         if len(room) > 1 and room[1] in ("data", "models", "coding") and parts[1] == "pipeline":
+            if room[1] == "coding" and parts[2:4] == ["training", "optimizers"]:
+                continue  # a model that learns while it codes
             assert parts[2] == room[1] or parts[2] not in ROOMS, f"{path} imports {name}"
 
 

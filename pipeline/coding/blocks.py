@@ -162,10 +162,7 @@ def _walk(
         learned = learner is not None and t > 0 and t % learner.settings.every == 0
         if learned:
             assert learner is not None
-            start = max(0, t - context)
-            window = torch.from_numpy(symbols[:, start:t].copy()).to(device)
-            counted = np.arange(start, t) < lengths[:, None]
-            learner.learn(window, cond, counted, max(0, t - learner.settings.every - start))
+            learner.learn(symbols[:, :t], cond, lengths)
         if held == context or learned:
             held = min(keep, t)
             cursor = model.cursor(len(rows), cond)
@@ -282,7 +279,7 @@ def _prepare(model: Model, layout: Layout) -> tuple[Model, Learner | None]:
     model.eval()
     if layout.adapt is None:
         return model, None
-    learner = Learner(model, layout.adapt)
+    learner = Learner(model, layout.adapt, context_of(model))
     return learner.model, learner
 
 
