@@ -88,7 +88,7 @@ def test_what_was_coded_long_ago_is_learned_again():
         learner._step = lambda window, cond, counted, taught=taught: taught.append(window[0])
         learner.learn(x, None, np.array([400]))
         seen.append(taught)
-    assert len(seen[0]) == 1 and len(seen[1]) == 4
+    assert [len(taught) for taught in seen] == [1, 4]
     np.testing.assert_array_equal(seen[0][0], x[0, -8:])
     old = [w for w in seen[1][1:] if not np.array_equal(w, x[0, -8:])]
     assert len(old) >= 2

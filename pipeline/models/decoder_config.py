@@ -82,7 +82,7 @@ class DecoderConfig(Settings):
         default_factory=lambda data: data["dropout"],
         ge=0,
         lt=1,
-        description="of attention weights (slow on a CPU: no fused kernel has it); default: dropout",
+        description="of attention weights (on a CPU no fused kernel has it); default: dropout",
     )
 
     classes: int | None = Field(None, ge=1, description="conditioned on one of so many classes")
