@@ -17,6 +17,7 @@ import typer
 
 from chainrule.pipeline import heartbeat, launch, ranks, slurm_job, stage_run
 from chainrule.pipeline.config import RequestError
+from chainrule.pipeline.model_registry import resolve
 from chainrule.pipeline.stage import (
     DONE,
     FAILED,
@@ -50,7 +51,13 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="A.B=V", help="Override a setting: STAGE.KEY.SUBKEY=VALUE."),
 ]
-ModelArgument = Annotated[Path, typer.Argument(help="A handed-off model folder.")]
+ModelArgument = Annotated[
+    Path,
+    typer.Argument(
+        callback=lambda model: resolve(model),  # typer gives a context to what takes two
+        help="A handed-off model: its folder, PIPELINE/STAGE, or models:/NAME@ALIAS of MLflow.",
+    ),
+]
 
 
 @app.command()
@@ -122,13 +129,16 @@ def stage(
     heartbeat.watch_if_asked(REQUEUE)
     pipeline = load_pipeline(config, overrides, runs)
     launch.Selection(only=(name,)).stages(pipeline)
-    if slurm_job.restarted() and str(pipeline.state(name)[0]) == "fresh":
+    if slurm_job.restarted() and slurm_job.is_published(pipeline, name):
         say(f"{name}: the attempt before published it; nothing is left to do")
         return
-    if part is not None:
-        stage_run.run_part(pipeline, name, *_part(part))
+    rank = stage_run.Rank.from_environment()
+    if part is not None:  # a task of several ranks: each takes its share of the part
+        task, tasks = _part(part)
+        mine, parts = task * rank.world_size + rank.rank, tasks * rank.world_size
+        stage_run.run_part(pipeline, name, mine, parts)
         return
-    stage_run.run_here(pipeline, name, stage_run.Rank.from_environment())
+    stage_run.run_here(pipeline, name, rank)
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -249,6 +259,12 @@ def plan(
 def report(
     config: ConfigArgument,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The page to write.")] = None,
+    end_run: Annotated[
+        bool,
+        typer.Option(
+            "--end-run", help="Put it on the pipeline's MLflow run, and end that if all has ended."
+        ),
+    ] = False,
     overrides: SetOption = None,
     runs: RunsOption = None,
 ) -> None:
@@ -259,7 +275,28 @@ def report(
     pipeline = load_pipeline(config, overrides, runs)
     if not pipeline.root.is_dir():
         raise RequestError(f"{pipeline.root}: nothing was run yet; chainrule run {config}")
-    typer.echo(write_report(pipeline.root, out))
+    page = write_report(pipeline.root, out)
+    typer.echo(page)
+    if end_run:
+        _end_run(pipeline, page)
+
+
+def _end_run(pipeline: Any, page: Path) -> None:
+    """What the last job of a submission does with the MLflow run that `submit` left open."""
+    from chainrule.pipeline.pipeline_run import PipelineRun, open_run
+    from chainrule.pipeline.slurm_status import add_jobs
+    from chainrule.pipeline.status import is_settled, stage_rows
+
+    if open_run(pipeline) is None:
+        return
+    rows = add_jobs(pipeline, stage_rows(pipeline))
+    tracked = PipelineRun(pipeline)
+    tracked.wait()
+    tracked.file(page)
+    if not is_settled(rows):
+        tracked.leave_open()  # another submission's jobs: their last one ends it
+    else:
+        tracked.finish("FINISHED" if all(row["state"] == "fresh" for row in rows) else "FAILED")
 
 
 @app.command()

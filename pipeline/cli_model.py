@@ -18,6 +18,7 @@ from chainrule.pipeline.artifact import Artifact, ArtifactError
 from chainrule.pipeline.catalogue import job_module
 from chainrule.pipeline.cli import ModelArgument, app
 from chainrule.pipeline.config import RequestError, explain
+from chainrule.pipeline.model_registry import resolve
 from chainrule.pipeline.stage import DONE, FAILED, Stage
 
 JobSetOption = Annotated[
@@ -227,7 +228,12 @@ def verify(
 
 @app.command()
 def scoreboard(
-    models: Annotated[list[Path], typer.Argument(help="Model folders.")],
+    models: Annotated[
+        list[Path],
+        typer.Argument(
+            callback=lambda paths: [resolve(path) for path in paths], help="Models, as elsewhere."
+        ),
+    ],
     data: Annotated[Path, typer.Option(help="An ingest artifact: the files, its validation.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the tables.")] = Path(
         "scoreboard"

@@ -1,0 +1,116 @@
+"""MLflow's model registry: handed-off models by name, `models:/PIPELINE@STAGE`.
+
+A registered model bears the pipeline's name. Each handoff makes a version of it, with the
+model's card as its content; the tags say which folder holds the weights and what fingerprint
+they have. An alias of the stage's name leads to the newest version.
+
+The registry is where the runs are (`tracking.tracking_uri`). Like tracking it never stops a
+stage: what it refuses is said, and the folder is the model all the same.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from chainrule.pipeline.artifact import read_json
+from chainrule.pipeline.config import RequestError
+from chainrule.pipeline.tracking import client, tracking_uri
+
+SCHEME = "models:/"
+FOLDER, FINGERPRINT, STAGE = "chainrule.folder", "chainrule.fingerprint", "chainrule.stage"
+CARD = "card.json"
+
+
+def register(runs: Path, pipeline: str, stage: str, folder: Path, run_id: str) -> str | None:
+    """Make the model in `folder` a version of `pipeline`; the version, or None if refused.
+
+    `run_id`: the MLflow run of the handoff, which gets the card as an artifact.
+    """
+    from mlflow.exceptions import MlflowException
+
+    fingerprint = str(read_json(folder / CARD)["fingerprint"])
+    try:
+        store = client(runs)
+        version = _version_of(store, pipeline, stage, folder, fingerprint)
+        if version is None:
+            _make_model(store, pipeline)
+            store.log_artifact(run_id, str(folder / CARD), "model")
+            version = store.create_model_version(
+                pipeline,
+                f"runs:/{run_id}/model",
+                run_id,
+                tags={FOLDER: str(folder.absolute()), FINGERPRINT: fingerprint, STAGE: stage},
+            ).version
+        store.set_registered_model_alias(pipeline, stage, version)
+    except (MlflowException, OSError) as error:
+        reason = str(error).splitlines()[0][:200]
+        sys.stderr.write(f"  MLflow at {tracking_uri(runs)}: not registered: {reason}\n")
+        return None
+    return str(version)
+
+
+def _make_model(store: Any, name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        store.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+
+
+def _version_of(store: Any, name: str, stage: str, folder: Path, fingerprint: str) -> str | None:
+    """The version that this very model has, if it was registered before."""
+    for version in store.search_model_versions(f"name = '{name}'"):
+        tags = version.tags
+        if (tags.get(STAGE), tags.get(FOLDER), tags.get(FINGERPRINT)) == (
+            stage,
+            str(folder.absolute()),
+            fingerprint,
+        ):
+            return str(version.version)
+    return None
+
+
+def resolve(model: Path, runs: Path = Path("runs")) -> Path:
+    """The folder that `model` means: a path, `PIPELINE/STAGE` below `runs`, or a registered
+    model, `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
+
+    RequestError for a name that is not registered, or whose folder holds another model now.
+    """
+    name = model.as_posix()
+    if not name.startswith(SCHEME):
+        below = runs / model
+        return below if not model.exists() and (below / CARD).is_file() else model
+    from mlflow.exceptions import MlflowException
+
+    wanted = name.removeprefix(SCHEME)
+    title, at, alias = wanted.partition("@")
+    number = ""
+    if not at:
+        title, _, number = wanted.rpartition("/")
+    if not title or not (alias or number):
+        raise RequestError(f"{name}: write it as models:/NAME@ALIAS or models:/NAME/VERSION")
+    try:
+        store = client(runs)
+        version = (
+            store.get_model_version_by_alias(title, alias)
+            if at
+            else store.get_model_version(title, number)
+        )
+    except MlflowException as error:
+        reason = str(error).splitlines()[0]
+        raise RequestError(f"{name}: not in MLflow at {tracking_uri(runs)}: {reason}") from None
+    folder = Path(version.tags.get(FOLDER, ""))
+    if not version.tags.get(FOLDER) or not (folder / CARD).is_file():
+        raise RequestError(
+            f"{name}: version {version.version} is of {version.tags.get(FOLDER) or 'another maker'}"
+            ", which is no model folder here; hand it off again"
+        )
+    found = str(read_json(folder / CARD).get("fingerprint"))
+    if found != version.tags.get(FINGERPRINT):
+        raise RequestError(
+            f"{name}: {folder} holds another model now: {found[:16]}, registered was "
+            f"{version.tags.get(FINGERPRINT, '')[:16]}; take the path itself, or hand it off again"
+        )
+    return folder

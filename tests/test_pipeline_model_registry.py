@@ -1,0 +1,63 @@
+"""Handed-off models in a real MLflow registry: versions, aliases, and what is refused."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from chainrule.pipeline import tracking
+from chainrule.pipeline.config import RequestError
+from chainrule.pipeline.model_registry import register, resolve
+from chainrule.pipeline.models import folder as model_folder
+from chainrule.pipeline.models.registry import build
+from chainrule.pipeline.tracking import Tracker
+
+pytestmark = pytest.mark.slow  # MLflow makes its database: some seconds
+
+
+def saved(folder: Path, seed: int) -> Path:
+    model_folder.save(build("llama-debug", seed=seed, layers=1), folder, {})
+    return folder
+
+
+def test_versions_aliases_and_folders(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    tracker = Tracker(runs, "digits", "model")
+    tracker.finish("FINISHED")
+    assert tracker.run_id is not None
+    first = saved(runs / "digits" / "model", 0)
+    assert register(runs, "digits", "model", first, tracker.run_id) == "1"
+    assert register(runs, "digits", "model", first, tracker.run_id) == "1"  # the same again
+    other = saved(runs / "digits" / "other", 1)
+    assert register(runs, "digits", "other", other, tracker.run_id) == "2"
+    assert resolve(Path("models:/digits@model"), runs) == first
+    assert resolve(Path("models:/digits@other"), runs) == other
+    assert resolve(Path("models:/digits/1"), runs) == first
+    assert resolve(Path("digits/model"), runs) == first
+    assert resolve(first, runs) == first
+    files = tracking.client(runs).list_artifacts(tracker.run_id, "model")
+    assert [file.path for file in files] == ["model/card.json"]
+
+    saved(first, 2)  # trained again: the alias moves on
+    with pytest.raises(RequestError, match="another model now"):
+        resolve(Path("models:/digits@model"), runs)
+    assert register(runs, "digits", "model", first, tracker.run_id) == "3"
+    assert resolve(Path("models:/digits@model"), runs) == first
+
+    shutil.rmtree(other)
+    with pytest.raises(RequestError, match="no model folder here"):
+        resolve(Path("models:/digits@other"), runs)
+    for wrong in ("models:/digits@nobody", "models:/nothing@model", "models:/digits/99"):
+        with pytest.raises(RequestError, match="not in MLflow at"):
+            resolve(Path(wrong), runs)
+    with pytest.raises(RequestError, match="write it as"):
+        resolve(Path("models:/digits"), runs)
+
+
+def test_a_registry_that_is_away_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = saved(tmp_path / "model", 0)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert register(tmp_path, "digits", "model", model, "0" * 32) is None
+    assert "not registered" in capsys.readouterr().err
