@@ -45,6 +45,9 @@ class Config(Settings):
     average_of: int = Field(3, ge=2, description="average: how many checkpoints, if there are")
     step: int | None = Field(None, ge=1, description="this checkpoint instead of the newest")
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    shard_bytes: int = Field(
+        model_folder.SHARD_BYTES, ge=1, description="larger weights lie in several files"
+    )
 
 
 def main(config: Config, stage: Stage) -> None:
@@ -64,7 +67,7 @@ def main(config: Config, stage: Stage) -> None:
             description, tokenizers, stage.folder
         )
         bar.update(1)
-        card = model_folder.save(model, stage.folder, card)
+        card = model_folder.save(model, stage.folder, card, config.shard_bytes)
         bar.update(1)
     stage.summary["fingerprint"] = card["fingerprint"]
     stage.summary["parameters"] = sum(p.numel() for p in model.parameters())

@@ -27,6 +27,7 @@ from chainrule.pipeline.config import RequestError, runtime
 from chainrule.pipeline.data.reader import Sample, Shards
 from chainrule.pipeline.evaluation import codecs
 from chainrule.pipeline.evaluation.codecs import Codec
+from chainrule.pipeline.models.folder import weight_files
 from chainrule.pipeline.stage import Input, Stage, StageFailed
 
 INPUTS = {
@@ -232,7 +233,7 @@ def model_row(config: Config, artifact: Artifact, files: Files, folder: Path) ->
     decoded = time.monotonic()
     size = sum(r.coded_bytes for r in reports)
     ideal = sum(r.coded_bytes if r.ideal_bytes is None else r.ideal_bytes for r in reports)
-    model_bytes = (artifact.folder / "weights.safetensors").stat().st_size
+    model_bytes = sum(path.stat().st_size for path in weight_files(artifact.folder))
     return Row(
         artifact.name,
         "static" if config.adapt is None else "adapting",

@@ -46,6 +46,34 @@ def test_a_loaded_model_is_the_saved_one(preset: str, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["card.json", "weights.safetensors"]
 
 
+def test_weights_above_a_size_lie_in_several_files(tmp_path: Path) -> None:
+    model = build("llama-debug", seed=3)
+    one = save(model, tmp_path, CARD)
+    card = save(model, tmp_path, CARD, shard_bytes=1_000_000)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert [path.name for path in files][:2] == [
+        f"weights-{i:05d}-of-{len(files):05d}.safetensors" for i in (1, 2)
+    ]
+    assert all(path.stat().st_size < 1_010_000 for path in files)
+    index = json.loads((tmp_path / "weights.safetensors.index.json").read_text())
+    state = load(tmp_path).state_dict()
+    for name, mine in model.state_dict().items():
+        assert torch.equal(mine, state[name])
+        assert name in load_file(tmp_path / index["weight_map"][name])
+
+    content = bytearray(files[1].read_bytes())
+    content[-1] ^= 1
+    files[1].write_bytes(content)
+    with pytest.raises(ArtifactError, match="altered"):
+        load(tmp_path)
+    files[1].unlink()
+    with pytest.raises(ArtifactError, match=f"{files[1].name}: no such file"):
+        load(tmp_path)
+    again = save(model, tmp_path, CARD)  # nothing of the other form is left behind
+    assert again["fingerprint"] == one["fingerprint"] != card["fingerprint"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["card.json", "weights.safetensors"]
+
+
 def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
     save(build("gpt2-debug", seed=0), tmp_path, CARD)
     assert "head.weight" not in load_file(tmp_path / "weights.safetensors")

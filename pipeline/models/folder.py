@@ -1,5 +1,8 @@
 """A model as a folder: `weights.safetensors` and `card.json`, nothing else needed.
 
+Weights of more than `SHARD_BYTES` lie in several files, `weights-00001-of-00004.safetensors` and
+so on, with `weights.safetensors.index.json` to say which tensor is where (Hugging Face's form).
+
 The card says what the model is (`family`, `model`: its whole config) and whatever its maker
 adds (vocabulary, tokenizer, lineage, validation figures). Its `fingerprint` is a hash of the
 config and the weights: a folder that was altered is refused.
@@ -23,10 +26,17 @@ from chainrule.pipeline.models.registry import build, resolve
 
 FORMAT = 1
 WEIGHTS = "weights.safetensors"
+INDEX = "weights.safetensors.index.json"
 CARD = "card.json"
+SHARD_BYTES = 5_000_000_000
 
 
-def save(model: Autoregressive, folder: str | Path, card: dict[str, Any]) -> dict[str, Any]:
+def save(
+    model: Autoregressive,
+    folder: str | Path,
+    card: dict[str, Any],
+    shard_bytes: int = SHARD_BYTES,
+) -> dict[str, Any]:
     """Write the model into `folder` (made if missing) and return the whole card.
 
     `card` holds what the model does not know itself; keys of the model's own are refused.
@@ -35,9 +45,7 @@ def save(model: Autoregressive, folder: str | Path, card: dict[str, Any]) -> dic
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CARD).unlink(missing_ok=True)
-    temporary = folder / f".{WEIGHTS}.{os.getpid()}.tmp"
-    save_file(weights_of(model), temporary)
-    os.replace(temporary, folder / WEIGHTS)
+    _write_weights(weights_of(model), folder, shard_bytes)
     config = model.config.model_dump(mode="json")
     own = {
         "kind": "model",
@@ -82,7 +90,8 @@ def load(
         model = build_empty(card["model"])
     except ValueError as error:
         raise ArtifactError(f"{folder / CARD}: {error}") from None
-    place_weights(model, read_weights(folder / WEIGHTS), folder / WEIGHTS, dtype)
+    source = folder / (INDEX if (folder / INDEX).is_file() else WEIGHTS)
+    place_weights(model, read_model_weights(folder), source, dtype)
     return model.to(device).eval()
 
 
@@ -128,6 +137,58 @@ def _distinct(model: nn.Module) -> dict[str, Tensor]:
     return kept
 
 
+def _write_weights(weights: dict[str, Tensor], folder: Path, shard_bytes: int) -> None:
+    """One file, or several of at most `shard_bytes` (but for a tensor that is larger) and their
+    index. Files of a model that lay here before are removed."""
+    shards: list[dict[str, Tensor]] = [{}]
+    held = 0
+    for name, tensor in weights.items():
+        if shards[-1] and held + tensor.nbytes > shard_bytes:
+            shards.append({})
+            held = 0
+        shards[-1][name] = tensor
+        held += tensor.nbytes
+    for old in [folder / INDEX, *folder.glob("weights*.safetensors")]:
+        old.unlink(missing_ok=True)
+    names = [WEIGHTS]
+    if len(shards) > 1:
+        names = [
+            f"weights-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)
+        ]
+    for name, shard in zip(names, shards, strict=True):
+        temporary = folder / f".{name}.{os.getpid()}.tmp"
+        save_file(shard, temporary)
+        os.replace(temporary, folder / name)
+    if len(shards) > 1:
+        places = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        total = sum(tensor.nbytes for tensor in weights.values())
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        write_json(folder / INDEX, index)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a model's weights; ArtifactError where one is missing."""
+    names = [WEIGHTS]
+    if (folder / INDEX).is_file():
+        index = read_json(folder / INDEX)
+        places = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(places, dict) or not places:
+            raise ArtifactError(f"{folder / INDEX}: has no 'weight_map'; take a fresh copy")
+        names = sorted({str(name) for name in places.values()})
+    for name in names:
+        if "/" in name or not (folder / name).is_file():
+            raise ArtifactError(f"{folder / name}: no such file")
+    return [folder / name for name in names]
+
+
+def read_model_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a model folder, of one file or several; ArtifactError."""
+    weights: dict[str, Tensor] = {}
+    for path in weight_files(folder):
+        weights.update(read_weights(path))
+    return weights
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
     """A safetensors file; ArtifactError names one that is missing or damaged."""
     try:
@@ -166,7 +227,6 @@ def place_weights(
 
 
 def _fingerprint(config: dict[str, Any], folder: Path) -> str:
-    path = folder / WEIGHTS
-    if not path.is_file():
-        raise ArtifactError(f"{path}: no such file")
-    return digest({"model": config, "weights": sha256_file(path)})
+    hashes = {path.name: sha256_file(path) for path in weight_files(folder)}
+    # One file is hashed as it was before there were several.
+    return digest({"model": config, "weights": hashes.get(WEIGHTS, hashes)})
