@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from chainrule.pipeline.models import native
+
 
 class Conditional(ABC):
     """A batch of distributions over the next element; `shape` are its batch dimensions."""
@@ -130,7 +132,8 @@ class Autoregressive(nn.Module, ABC):
         try:
             device = next(self.parameters()).device
             generator = torch.Generator(device=device).manual_seed(seed)
-            cursor = self.cursor(n, cond)
+            with native.allowed():
+                cursor = self.cursor(n, cond)
             drawn = []
             length = torch.Size(self.event_shape).numel()
             for t in range(length):

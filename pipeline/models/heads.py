@@ -27,8 +27,18 @@ class Categorical(Conditional):
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits
         self.shape = logits.shape[:-1]
+        self._log_probs: Tensor | None = None
+
+    def log_probs(self) -> Tensor:
+        """Of every value, (..., V) float32, normalised; kept, since who draws from them asks
+        for one of them next."""
+        if self._log_probs is None:
+            self._log_probs = torch.log_softmax(self.logits.float(), dim=-1)
+        return self._log_probs
 
     def log_prob(self, x: Tensor) -> Tensor:
+        if self._log_probs is not None:
+            return self._log_probs.gather(-1, x.unsqueeze(-1)).squeeze(-1)
         # cross_entropy is log_softmax and gather in one kernel. Its ignore_index must be no
         # element at all: with the default, log p(-100) would be a silent 0.
         nats = F.cross_entropy(

@@ -35,7 +35,10 @@ def check_values(x: Tensor, vocabulary_size: int | None) -> None:
         raise ValueError(f"x has dtype {x.dtype}: the model's elements are integers")
     # Neither a meta tensor (chainrule plan) nor a graph being compiled has values to look at.
     if x.numel() and not x.is_meta and not torch.compiler.is_compiling():
-        low, high = (int(v) for v in torch.aminmax(x))
+        if x.numel() == 1:
+            low = high = int(x)
+        else:
+            low, high = (int(v) for v in torch.aminmax(x))
         if low < 0 or high >= vocabulary_size:
             wrong = low if low < 0 else high
             raise ValueError(f"x holds {wrong}: elements lie in 0..{vocabulary_size - 1}")

@@ -125,6 +125,7 @@ class Linear(nn.Linear):
         rows = x.numel() // self.in_features
         if (
             x.dtype != torch.bfloat16
+            or self.weight.dtype != torch.bfloat16  # autocast
             or not 1 <= rows <= self.FEW_ROWS
             or x.device.type != "cpu"
             or torch.is_grad_enabled()

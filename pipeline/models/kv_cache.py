@@ -19,6 +19,7 @@ from torch import Tensor
 
 from chainrule.pipeline.models.contract import Conditional
 from chainrule.pipeline.models.cursors import CachedCursor
+from chainrule.pipeline.models.native import NativeSteps, steps_of
 
 if TYPE_CHECKING:
     from chainrule.pipeline.models.decoder import Decoder
@@ -138,6 +139,7 @@ class DecoderCursor(CachedCursor):
         self._stale = False
         with torch.no_grad():
             self.start = model.start_vector(cond, batch).unsqueeze(1)
+            self._native = steps_of(model, self.cache.keys, self.cache.values)
         self._start()
 
     @property
@@ -163,8 +165,16 @@ class DecoderCursor(CachedCursor):
             h = torch.cat([self.start.to(h.dtype), h], dim=1)
         if model.config.position == "learned":
             h = h + model.positions[first:end]
-        rope = model.rope(first, end, h)
         cache = self.cache
+        length = end - first
+        if (
+            self._native is not None
+            and self.batch * length <= self._native.most
+            and (length == 1 or not cache.ring)
+        ):
+            self.fed = end
+            return self._feed_native(self._native, first, length, h)
+        rope = model.rope(first, end, h)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return cache.attend(layer, first, q, k, v)
@@ -174,6 +184,17 @@ class DecoderCursor(CachedCursor):
         self.fed = end
         parameters: Tensor = model.head(model.final_norm(h))
         return parameters
+
+    def _feed_native(self, native: NativeSteps, first: int, length: int, h: Tensor) -> Tensor:
+        positions = list(range(first, first + length)) * self.batch
+        parameters = native(
+            h,
+            [row for row in range(self.batch) for _ in range(length)],
+            positions,
+            [position % self.cache.slots for position in positions],
+            [min(position + 1, self.cache.slots) for position in positions],
+        )
+        return parameters.view(self.batch, length, -1)
 
     @property
     def next(self) -> Conditional:

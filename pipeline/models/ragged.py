@@ -14,6 +14,7 @@ from torch import Tensor
 from chainrule.pipeline.models.contract import Conditional
 from chainrule.pipeline.models.decoder import Decoder
 from chainrule.pipeline.models.kv_cache import grouped_attention
+from chainrule.pipeline.models.native import steps_of
 
 
 class RaggedCursor:
@@ -31,6 +32,7 @@ class RaggedCursor:
         self.known = np.zeros(batch, dtype=np.int64)
         """Elements known of each row, (B,)."""
         with torch.no_grad():
+            self._native = steps_of(model, self.keys, self.values)
             start = model.start_vector(cond, batch).unsqueeze(1)
             self._feed(start.to(weight.dtype), np.zeros(batch, dtype=np.int64))
 
@@ -66,6 +68,13 @@ class RaggedCursor:
         model = self.model
         batch, length = h.shape[:2]
         positions_np = first[:, None] + np.arange(length)
+        if self._native is not None and positions_np.size <= self._native.most:
+            at = positions_np.flatten().tolist()
+            if model.config.position == "learned":
+                h = h + model.positions[at].view_as(h)
+            of_row = np.repeat(np.arange(batch), length).tolist()
+            parameters = self._native(h, of_row, at, at, [position + 1 for position in at])
+            return parameters.view(batch, length, -1)
         positions = torch.from_numpy(positions_np).to(h.device)
         held = int(positions_np.max()) + 1
         if model.config.position == "learned":
@@ -86,5 +95,5 @@ class RaggedCursor:
 
         for block in model.blocks:
             h = block(h, rope, attend)
-        parameters: Tensor = model.head(model.final_norm(h))
+        parameters = model.head(model.final_norm(h))
         return parameters

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from chainrule.pipeline.models import native
 from chainrule.pipeline.models.contract import Autoregressive
 from chainrule.pipeline.models.decoder import Decoder
 from chainrule.pipeline.models.ragged import RaggedCursor
@@ -38,6 +39,7 @@ class Rows(ABC):
         """Forget the last `counts[b]` elements of row b."""
 
 
+@native.allowed()
 def open_rows(model: Autoregressive, batch: int, cond: Tensor | None = None) -> Rows:
     """Rows at the start of `batch` events."""
     if batch > 1 and isinstance(model, Decoder):

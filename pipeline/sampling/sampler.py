@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from chainrule.pipeline.config import RequestError
+from chainrule.pipeline.models import native
 from chainrule.pipeline.models.contract import Autoregressive, Conditional, Cursor
 from chainrule.pipeline.models.heads import Categorical
 from chainrule.pipeline.sampling.densities import draw_density
@@ -128,27 +129,21 @@ def log_probs_of(conditional: Conditional) -> Tensor:
     strong temperature or guidance may want it.
     """
     if isinstance(conditional, Categorical):
-        return torch.log_softmax(conditional.logits.float(), dim=-1)
+        return conditional.log_probs()
     return conditional.pmf().float().log()
 
 
 @torch.no_grad()
 def draw(model: Autoregressive, plan: Plan, rules: Rules) -> Drawn:
     """All rows of a plan, to their ends."""
-    rows, columns = plan.rows, plan.columns
-    x: Tensor | None = None
-    log_likelihood = np.zeros(rows)
-    lengths = np.zeros(rows, dtype=np.int64)
-    for step in steps(model, plan, rules):
-        if x is None:
-            x = torch.zeros(rows, columns, dtype=step.x.dtype, device=step.x.device)
-        x[:, step.position] = step.x
-        log_likelihood += np.where(step.active, step.log_prob.cpu().numpy(), 0.0)
-        lengths += step.active
-    assert x is not None
-    x = x.cpu()
-    beyond = torch.arange(columns) >= torch.as_tensor(lengths).unsqueeze(1)
-    return Drawn(x.masked_fill(beyond, 0), lengths, log_likelihood)
+    found = list(steps(model, plan, rules))  # fetched at the end: a GPU need not wait for each
+    active = np.stack([step.active for step in found], axis=1)
+    nats = torch.stack([step.log_prob for step in found], dim=1).cpu().numpy()
+    lengths = active.sum(axis=1)
+    x = torch.stack([step.x for step in found], dim=1).cpu()
+    x = torch.nn.functional.pad(x, (0, plan.columns - x.shape[1]))
+    beyond = torch.arange(plan.columns) >= torch.as_tensor(lengths).unsqueeze(1)
+    return Drawn(x.masked_fill(beyond, 0), lengths, np.where(active, nats, 0.0).sum(axis=1))
 
 
 @torch.no_grad()
@@ -217,22 +212,23 @@ class DiscreteDraws:
         self.seen: Tensor | None = None
         if rules.filters.repetition_penalty != 1:
             self.seen = torch.zeros(plan.rows, size, dtype=torch.bool, device=device)
+        self._greedy = rules.filters.temperature == 0
+        self._restricted = (
+            rules.allowed is not None
+            or self.seen is not None
+            or not (self._greedy or rules.filters.identity)
+        )
 
     def at(self, position: int, conditional: Conditional) -> Tensor:
         """An element of each row, (B,) int64; guided, `conditional` is of both halves, (2B,)."""
-        log_probs = self.distribution(position, conditional)
-        if self.rules.filters.temperature == 0:
-            return log_probs.argmax(dim=-1)
-        return invert(log_probs, self.u[:, position])
-
-    def distribution(self, position: int, conditional: Conditional) -> Tensor:
-        """What is drawn from, as normalised log-probabilities (B, V)."""
         log_probs = log_probs_of(conditional)
         if self.rules.guidance.scale != 1:
             at = torch.full((len(log_probs) // 2,), position, device=log_probs.device)
             own, unconditional = log_probs.chunk(2)
             log_probs = guide(own, unconditional, self.rules.guidance.at(at, self.columns))
-        return restrict(log_probs, self.rules, self.seen)
+        if self._restricted:
+            log_probs = restrict(log_probs, self.rules, self.seen)
+        return log_probs.argmax(dim=-1) if self._greedy else invert(log_probs, self.u[:, position])
 
     def note(self, x: Tensor) -> None:
         """Remember elements (B,) that the samples now hold."""
@@ -305,6 +301,7 @@ def _both(x: Tensor, guided: bool) -> Tensor:
     return torch.cat([x, x]) if guided else x
 
 
+@native.allowed()
 def _open(model: Autoregressive, plan: Plan, guided: bool, device: torch.device) -> Cursor:
     if plan.cond is None:
         return model.cursor(plan.rows)

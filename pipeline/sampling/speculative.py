@@ -26,6 +26,7 @@ from pydantic import Field
 from torch import Tensor
 
 from chainrule.pipeline.config import Settings
+from chainrule.pipeline.models import native
 from chainrule.pipeline.models.contract import Autoregressive
 from chainrule.pipeline.sampling.drafts import Draft, Proposal
 from chainrule.pipeline.sampling.filters import guide, invert
@@ -185,7 +186,8 @@ class _Run:
         if self.guided:
             assert cond is not None
             rows, cond = 2 * rows, torch.cat([cond, torch.full_like(cond, -1)])
-        first = model.cursor(rows, cond).next
+        with native.allowed():
+            first = model.cursor(rows, cond).next
         try:
             self.size = first.pmf().shape[-1]
         except TypeError:

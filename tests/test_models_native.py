@@ -1,0 +1,180 @@
+"""Steps in C: the numbers of torch's in every family, and torch's own without a compiler."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from chainrule.pipeline import build
+from chainrule.pipeline.models import native
+from chainrule.pipeline.models.decoder import Decoder
+from chainrule.pipeline.models.kv_cache import DecoderCursor
+from chainrule.pipeline.models.ragged import RaggedCursor
+from chainrule.pipeline.sampling.int8 import quantise
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "gpt2": {"preset": "gpt2-debug"},
+    "llama": {"preset": "llama-debug"},
+    "mistral": {"preset": "mistral-debug", "window": 5},
+    "falcon": {"preset": "falcon-debug"},
+    "falcon 40b": {"preset": "falcon-debug", "block": "parallel-two-norms", "kv_heads": 2},
+    "imagegpt": {"preset": "imagegpt-debug"},
+    "classes": {"preset": "vqgan-transformer-debug"},
+    "density": {
+        "preset": "llama-debug",
+        "vocabulary_size": None,
+        "head": {"kind": "mixture-of-gaussians", "components": 2},
+    },
+    # No whole vectors anywhere: widths, heads and outputs that are no multiples of 16 or 4.
+    "odd": {
+        "preset": "llama-debug",
+        "width": 42,
+        "heads": 3,
+        "kv_heads": 3,
+        "mlp_width": 99,
+        "vocabulary_size": 77,
+    },
+    "wide heads": {"preset": "gpt2-debug", "width": 60, "heads": 1, "head_width": 90},
+}
+
+needs_compiler = pytest.mark.skipif(native.load() is None, reason="no C compiler here")
+
+
+def make(name: str, dtype: str = "float32") -> tuple[Decoder, torch.Tensor, torch.Tensor | None]:
+    model = build(SHAPES[name], seed=0, layers=2, **{"context": 40} if "image" in name else {})
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    if dtype == "bfloat16":
+        model.bfloat16()
+    if dtype == "int8":
+        quantise(model)
+    assert isinstance(model, Decoder)
+    x = torch.randint(60, (3, 40), generator=generator)
+    if model.config.vocabulary_size is None:
+        x = torch.randn(3, 40, generator=generator)
+    cond = torch.tensor([0, 4, -1]) if model.config.classes else None
+    return model.eval(), x, cond
+
+
+def parameters(cursor: DecoderCursor, x: torch.Tensor, pieces: list[int]) -> torch.Tensor:
+    """What the model says of each element of x, fed in pieces."""
+    found = [cursor._next.unsqueeze(1)]
+    for piece in x.split(pieces, dim=1):
+        cursor.advance(piece)
+        found.append(cursor._next.unsqueeze(1))
+    return torch.cat(found, dim=1).float()
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("name", SHAPES)
+@torch.no_grad()
+def test_steps_in_c_are_those_of_torch(name: str, dtype: str) -> None:
+    model, x, cond = make(name, dtype)
+    pieces = [1, 3, 1, 1, 2, 1, 12, 1, 1, 1]  # 12 for 3 rows: too many for C, fed by torch
+    x = x[:, : sum(pieces)]
+    plain = model.cursor(3, cond)
+    with native.allowed():
+        quick = model.cursor(3, cond)
+    assert isinstance(plain, DecoderCursor)
+    assert isinstance(quick, DecoderCursor)
+    assert plain._native is None
+    assert quick._native is not None
+    wanted, found = parameters(plain, x, pieces), parameters(quick, x, pieces)
+    scale = float(wanted.abs().max())
+    assert (found - wanted).abs().max() <= (1e-5 if dtype == "float32" else 0.05) * scale
+    assert quick.nbytes == plain.nbytes
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@torch.no_grad()
+def test_neither_threads_nor_company_move_a_bit(threads: int) -> None:
+    """A row alone gives the floats that it gives among others, with any number of threads."""
+    model, x, _ = make("llama")
+    before = torch.get_num_threads()
+    try:
+        with native.allowed():
+            torch.set_num_threads(1)
+            alone = parameters(model.cursor(1), x[:1, :9], [1] * 9)  # type: ignore[arg-type]
+            torch.set_num_threads(threads)
+            among = parameters(model.cursor(3), x[:, :9], [1, 4, 3, 1])  # type: ignore[arg-type]
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(among[:1], alone[:, [0, 1, 5, 8, 9]])
+
+
+@needs_compiler
+@torch.no_grad()
+def test_rows_of_their_own_positions_in_c() -> None:
+    model, x, _ = make("gpt2")
+    wanted = model.log_prob(x)
+    with native.allowed():
+        rows = RaggedCursor(model, 3)
+    assert rows._native is not None
+    rows.advance(x[:, :6])
+    rows.rewind_rows(torch.tensor([0, 2, 5]))
+    starts = (6, 4, 1)
+    following = torch.stack([x[b, s : s + 4] for b, s in enumerate(starts)])
+    after = torch.stack([x[b, s + 1 : s + 5] for b, s in enumerate(starts)])
+    expected = torch.stack([wanted[b, s + 1 : s + 5] for b, s in enumerate(starts)])
+    found = rows.advance(following).log_prob(after)
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
+@needs_compiler
+@torch.no_grad()
+def test_a_new_cursor_sees_new_weights_and_rewinds() -> None:
+    model, x, _ = make("gpt2", "bfloat16")
+    with native.allowed():
+        model.cursor(1)
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+        cursor = model.cursor(3)
+    cursor.advance(x[:, :5])
+    cursor.advance(x[:, 7:9])
+    cursor.rewind(2)
+    wanted = model.cursor(3).advance(x[:, :5]).log_prob(x[:, 1:6])[:, -1]
+    assert torch.allclose(cursor.next.log_prob(x[:, 5]), wanted, atol=0.05)
+
+
+def test_without_a_compiler_torch_takes_the_steps(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setenv("PATH", "")
+    assert native._build() is None
+    monkeypatch.setattr(native, "load", lambda: None)
+    model, _, _ = make("gpt2")
+    assert model.sample(2, seed=3).shape == (2, 256)
+    with native.allowed():
+        cursor = model.cursor(1)
+    assert isinstance(cursor, DecoderCursor)
+    assert cursor._native is None
+
+
+@needs_compiler
+def test_other_layers_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, _ = make("gpt2")
+
+    def steps() -> object:
+        with native.allowed(), torch.no_grad():
+            cursor = model.cursor(1)
+        assert isinstance(cursor, DecoderCursor)
+        return cursor._native
+
+    assert steps() is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert steps() is None
+    monkeypatch.setenv("CHAINRULE_NATIVE", "0")
+    assert steps() is None
+    monkeypatch.delenv("CHAINRULE_NATIVE")
+    hook = model.head.register_forward_hook(lambda *_: None)
+    assert steps() is None
+    hook.remove()
+    head: Any = model.head
+    head.weight = torch.nn.Parameter(head.weight.t().contiguous().t())
+    assert steps() is None
