@@ -24,13 +24,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from pydantic import Field
 
 from chainrule.pipeline.artifact import Artifact, read_json, write_json
 from chainrule.pipeline.config import Settings, runtime
 from chainrule.pipeline.data.reader import Sample, Shards
 from chainrule.pipeline.data.shards import ShardWriter, finish, finished, key_of
+from chainrule.pipeline.ranks import own_device
 from chainrule.pipeline.stage import Input, Stage, StageFailed
 from chainrule.tokenizers import interface
 from chainrule.tokenizers.interface import Tokenizer, TokenizerError
@@ -82,9 +82,7 @@ def open_inputs(config: Config, stage: Stage) -> tuple[Shards, Tokenizer]:
     """The raw shards and the tokenizer, fit for each other; StageFailed, TokenizerError."""
     raw, folder = stage.input("data"), stage.input("tokenizer").folder
     shards = Shards.open(raw.folder)
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = own_device() if config.device == "auto" else config.device
     try:
         tokenizer = interface.load(folder, device)
     except TokenizerError as error:

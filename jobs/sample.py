@@ -20,6 +20,7 @@ from PIL import Image
 
 from chainrule.pipeline.artifact import Artifact, require_same, sha256_file
 from chainrule.pipeline.config import digest, result_settings
+from chainrule.pipeline.ranks import own_device
 from chainrule.pipeline.sampling.drafts import Draft, ModelDraftSettings, make_draft
 from chainrule.pipeline.sampling.int8 import quantise
 from chainrule.pipeline.sampling.pictures import (
@@ -60,7 +61,7 @@ def open_source(folder: Path, device: str = "auto", dtype: str = "float32") -> S
     from chainrule.pipeline import load
     from chainrule.tokenizers import interface
 
-    chosen = torch.device(device) if device != "auto" else _best_device()
+    chosen = torch.device(own_device() if device == "auto" else device)
     in_memory = torch.float32 if dtype == "int8" else getattr(torch, dtype)
     model = load(folder, device=str(chosen), dtype=in_memory).eval()
     if dtype == "int8":
@@ -86,10 +87,6 @@ def _card(folder: Path) -> dict[str, Any]:
         return Artifact.bare(folder).card
     files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
     return {"fingerprint": digest([sha256_file(path) for path in files])}
-
-
-def _best_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 # --- drawing -----------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """Running a pipeline on this machine: decide what is not fresh, run it, say why."""
 
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -9,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from chainrule.pipeline import artifact
-from chainrule.pipeline.artifact import Artifact, partial_folder, read_json, write_json
+from chainrule.pipeline.artifact import Artifact, partial_folder
 from chainrule.pipeline.config import RequestError, nearest
 from chainrule.pipeline.graph import Pipeline, State
+from chainrule.pipeline.pipeline_run import PipelineRun
 from chainrule.pipeline.ranks import needs_ranks, run_ranks
 from chainrule.pipeline.stage import DONE, StageInterrupted, say
-from chainrule.pipeline.stage_run import PARENT_RUN_VARIABLE, run_here
-from chainrule.pipeline.tracking import Tracker
+from chainrule.pipeline.stage_run import run_here
 
 
 @dataclass(frozen=True)
@@ -96,12 +95,13 @@ def run_pipeline(
     for plan in planned:
         what = "run " if plan.runs else "keep"
         say(f"{what} {plan.name:<{width}}  {plan.state}: {plan.reason}")
-    parent = _PipelineRun(pipeline)
+    parent = PipelineRun(pipeline)
+    parent.begin()
     status = "FAILED"
     try:
         for number, plan in enumerate(todo, 1):
             if plan.name in selection.force:
-                _discard_unfinished(pipeline.folder(plan.name))
+                discard_unfinished(pipeline.folder(plan.name))
             began = time.monotonic()
             say(f"[{number}/{len(todo)}] {plan.name} ({pipeline.stages[plan.name].job})")
             if needs_ranks(pipeline.stages[plan.name]):
@@ -122,7 +122,8 @@ def run_pipeline(
         parent.finish(status)
 
 
-def _discard_unfinished(folder: Path) -> None:
+def discard_unfinished(folder: Path) -> None:
+    """Drop what an earlier attempt left; StageLocked where somebody is at work on it."""
     with artifact.lock(folder):
         shutil.rmtree(partial_folder(folder), ignore_errors=True)
 
@@ -134,45 +135,3 @@ def _headline(metrics: dict[str, Any]) -> str:
         if isinstance(value, int | float) and not isinstance(value, bool)
     ]
     return f" ({', '.join(shown[:4])})" if shown else ""
-
-
-class _PipelineRun:
-    """The MLflow run of one pipeline run, parent of its stages' runs.
-
-    A pipeline run that was cut off is taken up again by the next.
-    """
-
-    def __init__(self, pipeline: Pipeline) -> None:
-        self._path = pipeline.root / "pipeline.json"
-        pipeline.root.mkdir(parents=True, exist_ok=True)
-        earlier = read_json(self._path) if self._path.is_file() else {}
-        run_id = earlier.get("mlflow_run_id") if not earlier.get("finished") else None
-        run_id = run_id or None
-        self._tracker = Tracker(
-            pipeline.runs,
-            pipeline.name,
-            pipeline.name,
-            run_id=run_id,
-            tags={"chainrule.config": str(pipeline.path)},
-            on_run_id=self._keep,
-        )
-        until = time.monotonic() + 15
-        while self._tracker.run_id is None and time.monotonic() < until:
-            time.sleep(0.05)
-        if self._tracker.run_id is not None:
-            os.environ[PARENT_RUN_VARIABLE] = self._tracker.run_id
-
-    def _keep(self, run_id: str) -> None:
-        write_json(self._path, {"mlflow_run_id": run_id, "finished": False})
-
-    def file(self, path: Path) -> None:
-        self._tracker.file(path)
-
-    def finish(self, status: str) -> None:
-        os.environ.pop(PARENT_RUN_VARIABLE, None)
-        self._tracker.finish(status)
-        if self._tracker.run_id is not None:
-            write_json(
-                self._path,
-                {"mlflow_run_id": self._tracker.run_id, "finished": status == "FINISHED"},
-            )

@@ -114,6 +114,15 @@ def _wait_for(ranks: list[subprocess.Popen]) -> list[int]:
     return [process.returncode for process in ranks]
 
 
+def own_device() -> str:
+    """A GPU where there is one: of several ranks on a node, each has its own."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+
+
 def die_with_parent() -> None:
     """A rank that `run_ranks` started ends when its launcher is killed (Linux)."""
     parent = os.environ.get("CHAINRULE_PARENT_PID")

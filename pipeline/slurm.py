@@ -9,8 +9,9 @@ import re
 import shlex
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,10 @@ class Job:
     elapsed: str = ""
     restarts: int = 0
     exit_code: str = ""
+    tasks: Mapping[str, int] = field(default_factory=dict)
+    """Of an array: how many of its tasks are in each state."""
+    failed_task: str | None = None
+    """Of an array: the first task that ended otherwise than well, `<job>_<task>`."""
 
     @property
     def alive(self) -> bool:
@@ -181,7 +186,7 @@ def jobs_of(ids: Sequence[str]) -> dict[str, Job]:
 
 
 def _queue(ids: Sequence[str]) -> dict[str, Job]:
-    command = ["squeue", "-h", "-t", "all", "-j", ",".join(ids), "-o", FIELDS]
+    command = ["squeue", "-h", "-r", "-t", "all", "-j", ",".join(ids), "-o", FIELDS]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         if "Invalid job id" in done.stderr:
@@ -189,54 +194,67 @@ def _queue(ids: Sequence[str]) -> dict[str, Job]:
         raise RequestError(f"{done.stderr.strip()}\n  from: {shlex.join(command)}")
     tasks: dict[str, list[Job]] = {}
     for line in done.stdout.splitlines():
-        _, parent, state, reason, nodes, elapsed = line.split("|")
-        tasks.setdefault(parent, []).append(Job(parent, state, reason, nodes, elapsed))
-    return {parent: _detailed(_one_of(group)) for parent, group in tasks.items()}
+        task, parent, state, reason, nodes, elapsed = line.split("|")
+        tasks.setdefault(parent, []).append(Job(task, state, reason, nodes, elapsed))
+    return {parent: _detailed(_one_of(parent, group)) for parent, group in tasks.items()}
 
 
-def _one_of(tasks: Sequence[Job]) -> Job:
+def _one_of(parent: str, tasks: Sequence[Job]) -> Job:
     """An array as one job: alive while a task is, failed if one failed."""
-    order = ["RUNNING", "COMPLETING", "PENDING"]
-    for state in order:
-        for task in tasks:
-            if task.state == state:
-                return task
-    return next((t for t in tasks if t.alive or t.state != "COMPLETED"), tasks[0])
+    if [task.id for task in tasks] == [parent]:
+        return tasks[0]
+    failed = [task for task in tasks if not task.alive and task.state != "COMPLETED"]
+    shown = failed[0] if failed else tasks[0]
+    for state in ("RUNNING", "COMPLETING", "PENDING"):
+        if found := [task for task in tasks if task.state == state]:
+            shown = found[0]
+            break
+    return replace(
+        shown,
+        id=parent,
+        restarts=sum(task.restarts for task in tasks),
+        tasks=Counter(task.state for task in tasks),
+        failed_task=failed[0].id if failed else None,
+    )
 
 
 def _detailed(job: Job) -> Job:
     """With what only `scontrol` tells: restarts and the exit code."""
     done = subprocess.run(
-        ["scontrol", "show", "job", "-o", job.id], capture_output=True, text=True, check=False
+        ["scontrol", "show", "job", "-o", job.failed_task or job.id],
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    values = dict(re.findall(r"(\w+)=(\S*)", done.stdout))
-    return Job(
-        job.id,
-        job.state,
-        job.reason,
-        job.nodes,
-        job.elapsed,
-        int(values.get("Restarts", "0")),
-        values.get("ExitCode", ""),
-    )
+    lines = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in done.stdout.splitlines()]
+    codes = [values["ExitCode"] for values in lines if "ExitCode" in values]
+    restarts = sum(int(values.get("Restarts", "0")) for values in lines)
+    return replace(job, restarts=restarts, exit_code=codes[0] if codes else "")
 
 
 def _accounting(ids: Sequence[str]) -> dict[str, Job]:
+    """Ended jobs that only the accounting still knows; none where accounting is off.
+
+    One row an attempt (`-D`): a job that was requeued has several, the newest last.
+    """
     if shutil.which("sacct") is None:
         return {}
-    command = ["sacct", "-n", "-P", "-X", "-j", ",".join(ids)]
-    command += ["-o", "JobID,State,Reason,NodeList,Elapsed,Restarts,ExitCode"]
+    command = ["sacct", "-n", "-P", "-X", "-D", "-j", ",".join(ids)]
+    command += ["-o", "JobID,State,Reason,NodeList,Elapsed,ExitCode"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         return {}  # accounting is off: the stage's own record has to do
-    tasks: dict[str, list[Job]] = {}
+    newest: dict[str, Job] = {}
     for line in done.stdout.splitlines():
-        job, state, reason, nodes, elapsed, restarts, code = line.split("|")
-        parent = job.split("_")[0]
-        word = state.split()[0] if state else "UNKNOWN"  # "CANCELLED by 1000"
-        row = Job(parent, word, reason, nodes, elapsed, int(restarts or 0), code)
-        tasks.setdefault(parent, []).append(row)
-    return {parent: _one_of(group) for parent, group in tasks.items()}
+        task, states, reason, nodes, elapsed, code = line.split("|")
+        state = states.split()[0] if states else "UNKNOWN"  # "CANCELLED by 1000"
+        nodes = "" if nodes == "None assigned" else nodes
+        restarts = newest[task].restarts + 1 if task in newest else 0
+        newest[task] = Job(task, state, reason, nodes, elapsed, restarts, code)
+    tasks: dict[str, list[Job]] = {}
+    for task, job in newest.items():
+        tasks.setdefault(task.split("_")[0], []).append(job)
+    return {parent: _one_of(parent, group) for parent, group in tasks.items()}
 
 
 # --- the line of a stage ------------------------------------------------------------------

@@ -23,11 +23,12 @@ from chainrule.pipeline import artifact, fence, slurm_job
 from chainrule.pipeline.artifact import ATTEMPT, Artifact, partial_folder, read_json, write_json
 from chainrule.pipeline.config import RequestError
 from chainrule.pipeline.graph import Pipeline, StageSpec
+from chainrule.pipeline.model_registry import register
+from chainrule.pipeline.pipeline_run import PARENT_RUN_VARIABLE, open_run
 from chainrule.pipeline.stage import Stage, StageFailed, StageInterrupted, say
 from chainrule.pipeline.tracking import Tracker
 
 ATTEMPT_VARIABLE = "CHAINRULE_ATTEMPT"
-PARENT_RUN_VARIABLE = "CHAINRULE_PARENT_RUN"
 PREPARED_WITHIN_S = 120.0
 
 
@@ -150,7 +151,9 @@ def _attempt(pipeline: Pipeline, spec: StageSpec, stage: Stage, attempt: dict[st
     except Exception as error:
         status = "FAILED"
         if stage.is_main:
-            _record_failure(stage, error)
+            shown = _record_failure(stage, error)
+            if stage.tracker is not None:
+                stage.tracker.tags({"chainrule.last_failure": shown})
         if isinstance(error, RequestError):  # once a stage has begun, it is the stage that fails
             raise StageFailed(str(error)) from error
         raise
@@ -236,19 +239,18 @@ def _tracker(pipeline: Pipeline, spec: StageSpec, stage: Stage, attempt: dict[st
     for role, artifacts in stage.inputs.items():
         runs = [str((a.manifest.get("mlflow") or {}).get("run_id")) for a in artifacts]
         tags[f"chainrule.input.{role}"] = ",".join(runs)
-    for name in ("SLURM_JOB_ID", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT"):
-        if name in os.environ:
-            tags[f"slurm.{name.removeprefix('SLURM_').lower()}"] = os.environ[name]
     tracker = Tracker(
         pipeline.runs,
         pipeline.name,
         spec.name,
         run_id=attempt.get("mlflow_run_id"),
-        parent_id=os.environ.get(PARENT_RUN_VARIABLE),
+        parent_id=os.environ.get(PARENT_RUN_VARIABLE) or open_run(pipeline),
         tags=tags,
         on_run_id=keep,
     )
     tracker.parameters(_flat(spec.merged()))
+    if of_job := slurm_job.tags(pipeline, spec.name):
+        tracker.tags(of_job)  # a resumed run too gets the job that it goes on in
     return tracker
 
 
@@ -277,13 +279,15 @@ def _record_seconds(stage: Stage, seconds: float) -> None:
     write_json(path, {**attempt, "seconds": attempt["seconds"] + seconds})
 
 
-def _record_failure(stage: Stage, error: Exception) -> None:
+def _record_failure(stage: Stage, error: Exception) -> str:
+    """Write down why the stage failed; that in one line."""
     path = stage.folder / ATTEMPT
     lines = str(error).splitlines() or [type(error).__name__]
     expected = isinstance(error, StageFailed | RequestError)
     shown = lines[0] if expected else f"{type(error).__name__}: {lines[0]}"
     failed = {"error": shown, "time": artifact.now(), "traceback": traceback.format_exc()}
     write_json(path, {**read_json(path), "failed": failed})
+    return shown
 
 
 def _publish(pipeline: Pipeline, spec: StageSpec, stage: Stage) -> None:
@@ -310,7 +314,10 @@ def _publish(pipeline: Pipeline, spec: StageSpec, stage: Stage) -> None:
         "seconds": round(attempt["seconds"], 3),
         "attempts": attempt["attempts"],
     }
-    artifact.publish(pipeline.folder(spec.name), manifest)
+    folder = pipeline.folder(spec.name)
+    artifact.publish(folder, manifest)
+    if spec.job == "handoff" and attempt.get("mlflow_run_id"):
+        register(pipeline.runs, pipeline.name, spec.name, folder, attempt["mlflow_run_id"])
 
 
 def _relative(found: Artifact, pipeline: Pipeline) -> str:

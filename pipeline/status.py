@@ -75,7 +75,8 @@ def _cell(row: dict[str, Any], column: str) -> str:
     if column == "loss":
         return f"{value:.4f}" if isinstance(value, float) else ""
     if column == "restarts":
-        return str(value) if value else ""
+        why = f" ({row['restart_reason']})" if "restart_reason" in row else ""
+        return f"{value}{why}" if value else ""
     return "" if value is None else str(value)
 
 

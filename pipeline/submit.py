@@ -12,21 +12,30 @@ Slurm (`--kill-on-invalid-dep`). A stage that is queued or running already is no
 
 import contextlib
 import fcntl
+import os
+import re
 import shlex
 import socket
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from chainrule.pipeline import artifact, slurm
-from chainrule.pipeline.artifact import read_json, write_json
+from chainrule.pipeline.artifact import write_json
 from chainrule.pipeline.config import RequestError, Resources, digest
 from chainrule.pipeline.graph import Pipeline, State
-from chainrule.pipeline.launch import Selection
+from chainrule.pipeline.launch import Selection, discard_unfinished
+from chainrule.pipeline.pipeline_run import PipelineRun
 from chainrule.pipeline.slurm import Job, Profile
-from chainrule.pipeline.slurm_job import RESTARTS_VARIABLE, SEEN, SEEN_VARIABLE, slurm_folder
+from chainrule.pipeline.slurm_job import (
+    RESTARTS_VARIABLE,
+    SEEN,
+    SEEN_VARIABLE,
+    jobs_in,
+    record_of,
+    slurm_folder,
+)
 
 
 @dataclass
@@ -45,12 +54,6 @@ class Decision:
     """Stages it waits for."""
 
 
-def record_of(pipeline: Pipeline, stage: str) -> dict[str, Any] | None:
-    """What `submit` wrote when it last queued the stage."""
-    path = slurm_folder(pipeline) / f"{stage}.json"
-    return read_json(path) if path.is_file() else None
-
-
 def submit(
     pipeline: Pipeline,
     profile: Profile,
@@ -61,6 +64,7 @@ def submit(
     """Queue every selected stage that is neither fresh nor queued; RequestError if one cannot be.
 
     Where Slurm refuses a job, those queued just before by this call are cancelled again.
+    Stages asked for by `selection.force` begin anew: what an earlier attempt left is dropped.
     With `dry_run` nothing is written or queued.
     """
     names = (selection or Selection()).stages(pipeline)
@@ -81,8 +85,39 @@ def submit(
         decisions = _decide(pipeline, profile, names, selection, alive)
         _write_seen(folder)
         _write_config(pipeline)
-        _queue(pipeline, profile, decisions)
+        if any(decision.line is not None for decision in decisions):
+            with _tracked_by(profile), _open_run(pipeline):
+                _queue(pipeline, profile, decisions, selection.force if selection else ())
     return decisions
+
+
+@contextlib.contextmanager
+def _tracked_by(profile: Profile) -> Iterator[None]:
+    """The MLflow server that the profile's jobs will write to."""
+    wanted = profile.environment.get("MLFLOW_TRACKING_URI") or profile.mlflow
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    if wanted is not None:
+        os.environ["MLFLOW_TRACKING_URI"] = wanted
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ["MLFLOW_TRACKING_URI"] = before
+        elif wanted is not None:
+            del os.environ["MLFLOW_TRACKING_URI"]
+
+
+@contextlib.contextmanager
+def _open_run(pipeline: Pipeline) -> Iterator[None]:
+    """The MLflow run under which the jobs put their stages' runs; the last job ends it."""
+    run = PipelineRun(pipeline)
+    run.wait()
+    try:
+        yield
+    except BaseException:
+        run.finish("FAILED")
+        raise
+    run.leave_open()
 
 
 def _decide(
@@ -108,7 +143,8 @@ def _decide(
         if state is State.RUNNING:
             raise artifact.StageLocked(f"stage '{name}' is running, not as a job: {reason}")
         after = _inputs_to_wait_for(pipeline, name, waiting)
-        decision = Decision(name, f"{state}: {reason}", after=after)
+        why = "asked for by --force" if name in forced else f"{state}: {reason}"
+        decision = Decision(name, why, after=after)
         jobs = [waiting[source] for source in after]
         if pipeline.stages[name].resources.array is not None:
             decision.arrays = array_lines(pipeline, name, profile, jobs)
@@ -122,11 +158,6 @@ def _decide(
 def _variable(stage: str, array: int | None = None) -> str:
     """Stands for the id of a job that is not queued yet."""
     return f"${{{stage}}}" if array is None else f"${{{stage}_array_{array}}}"
-
-
-def jobs_in(record: dict[str, Any]) -> list[str]:
-    """Ids of the jobs of a stage's record: its own, then its arrays'."""
-    return [record["job"], *record["arrays"]]
 
 
 def array_lines(
@@ -251,7 +282,9 @@ def _environment(pipeline: Pipeline, profile: Profile) -> dict[str, str]:
     return values
 
 
-def _queue(pipeline: Pipeline, profile: Profile, decisions: list[Decision]) -> None:
+def _queue(
+    pipeline: Pipeline, profile: Profile, decisions: list[Decision], forced: tuple[str, ...]
+) -> None:
     """Queue what was decided, and a last job that writes the report; all of it or nothing."""
     ids: dict[str, str] = {d.stage: d.job for d in decisions if d.job is not None}
     queued: list[str] = []
@@ -259,6 +292,8 @@ def _queue(pipeline: Pipeline, profile: Profile, decisions: list[Decision]) -> N
         for decision in decisions:
             if decision.line is None:
                 continue
+            if decision.stage in forced:
+                discard_unfinished(pipeline.folder(decision.stage))
             arrays: list[str] = []
             for number, array in enumerate(decision.arrays):
                 arrays.append(slurm.submit_line(_filled(array, ids)))
@@ -269,8 +304,10 @@ def _queue(pipeline: Pipeline, profile: Profile, decisions: list[Decision]) -> N
             queued.append(job)
             ids[decision.stage] = decision.job = job
             record = {
+                "stage": decision.stage,
                 "job": job,
                 "arrays": arrays,
+                "parts": pipeline.stages[decision.stage].resources.array,
                 "fingerprint": pipeline.fingerprint(decision.stage),
                 "log": str(slurm_folder(pipeline) / f"{decision.stage}-{job}.log"),
                 "submitted": artifact.now(),
@@ -303,12 +340,21 @@ def shell(decision: Decision) -> list[str]:
     lines = dict(zip(names, decision.arrays, strict=True))
     if decision.line is not None:
         lines[decision.stage] = decision.line
-    return [f"{name}=$({_quoted(line)})" for name, line in lines.items()]
+    return [f"{_shell_name(name)}=$({_quoted(line)})" for name, line in lines.items()]
+
+
+def _shell_name(name: str) -> str:
+    """A stage's name as the name of a variable: no hyphens, no digit in front."""
+    name = name.replace("-", "_")
+    return f"_{name}" if name[0].isdigit() else name
 
 
 def _quoted(line: list[str]) -> str:
     return " ".join(
-        f'"{word}"' if word.startswith("--dependency=") else shlex.quote(word) for word in line
+        '"' + re.sub(r"\$\{([^}]+)\}", lambda found: f"${{{_shell_name(found[1])}}}", word) + '"'
+        if word.startswith("--dependency=")
+        else shlex.quote(word)
+        for word in line
     )
 
 

@@ -121,8 +121,11 @@ class Tracker:
         """Put a file among the run's artifacts; it is read before `finish` returns."""
         self._queue.put(("file", path))
 
-    def finish(self, status: str) -> None:
-        """Send what is left and end the run: FINISHED, FAILED or KILLED (to be resumed)."""
+    def finish(self, status: str | None) -> None:
+        """Send what is left and end the run: FINISHED, FAILED or KILLED (to be resumed).
+
+        With None the run stays as it is: another process goes on with it.
+        """
         self._deadline = time.monotonic() + FINISH_WITHIN_S
         self._queue.put(("end", status))
         self._thread.join(FINISH_WITHIN_S + 2)

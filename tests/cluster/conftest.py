@@ -5,6 +5,7 @@ not, and taken down by process id. Tests skip with a reason where Slurm is missi
 there instead if CHAINRULE_CLUSTER=required (which is what continuous integration says).
 """
 
+import contextlib
 import getpass
 import os
 import re
@@ -17,11 +18,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 TOP = Path(__file__).parents[2]
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
+ACCOUNTING_PROGRAMS = ("slurmdbd", "mariadbd", "mariadb-install-db")
 NODES = ("127.0.0.1", "127.0.0.2")  # names that resolve without /etc/hosts
 
 SLURM_CONF = """
@@ -51,7 +54,7 @@ ReturnToService=2
 SlurmctldTimeout=10
 SlurmdTimeout=10
 InactiveLimit=0
-MinJobAge=86400
+MinJobAge={job_age}
 MaxArraySize=5
 EnforcePartLimits=ALL
 MailProg=/bin/true
@@ -69,7 +72,7 @@ SelectTypeParameters=CR_Core
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
-AccountingStorageType=accounting_storage/none
+{accounting}
 JobCompType=jobcomp/filetxt
 JobCompLoc={top}/log/jobcomp.log
 GresTypes=gpu
@@ -77,6 +80,24 @@ GresTypes=gpu
 PartitionName=DEFAULT Nodes=ALL MaxTime=INFINITE DefaultTime=60 State=UP
 PartitionName=batch Default=YES PriorityTier=10 PreemptMode=REQUEUE GraceTime=20
 PartitionName=urgent PriorityTier=100 PreemptMode=OFF
+"""
+ACCOUNTING = """AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost=127.0.0.1
+AccountingStoragePort={port}
+AccountingStoragePass={top}/run/munge.sock"""
+SLURMDBD_CONF = """
+AuthType=auth/munge
+AuthInfo=socket={top}/run/munge.sock
+DbdHost=localhost
+DbdAddr=127.0.0.1
+DbdPort={port}
+SlurmUser={user}
+LogFile={top}/log/slurmdbd.log
+PidFile={top}/run/slurmdbd.pid
+StorageType=accounting_storage/mysql
+StorageUser=root
+StorageHost=localhost
+StorageLoc=slurm_acct
 """
 NODE = (
     "NodeName={name} NodeHostname=localhost NodeAddr=127.0.0.1 Port={port} CPUs=8 Sockets=1 "
@@ -89,8 +110,9 @@ class Cluster:
 
     checkout = TOP
 
-    def __init__(self, top: Path) -> None:
-        self.top = top
+    def __init__(self, top: Path, job_age_s: int = 86400, accounting: bool = False) -> None:
+        """Slurm forgets an ended job after `job_age_s`; with `accounting` a slurmdbd does not."""
+        self.top, self.job_age_s, self.accounting = top, job_age_s, accounting
         self.conf = top / "slurm.conf"
         self.daemons: dict[str, subprocess.Popen] = {}
         self.env = {
@@ -108,7 +130,7 @@ class Cluster:
             (self.top / "dev" / f"gpu{i}").symlink_to("/dev/null")
         gpus = f"AutoDetect=off\nName=gpu Type=h100 File={self.top}/dev/gpu[0-7]\n"
         (self.top / "gres.conf").write_text(gpus)
-        ports = _free_ports(20 + len(NODES))
+        ports = _free_ports(21 + len(NODES))
         nodes = "\n".join(
             NODE.format(name=name, port=port) for name, port in zip(NODES, ports[1:], strict=False)
         )
@@ -118,8 +140,12 @@ class Cluster:
                 user=getpass.getuser(),
                 port=ports[0],
                 srun_first=ports[len(NODES) + 1],
-                srun_last=ports[-1],
+                srun_last=ports[-2],
                 nodes=nodes,
+                job_age=self.job_age_s,
+                accounting=ACCOUNTING.format(top=self.top, port=ports[-1])
+                if self.accounting
+                else "AccountingStorageType=accounting_storage/none",
             )
         )
         key = self.top / "munge.key"
@@ -131,6 +157,8 @@ class Cluster:
         munged += [f"--log-file={self.top}/log/munged.log", f"--seed-file={run}/munged.seed"]
         self._spawn("munged", munged)
         self.wait_until(lambda: (run / "munge.sock").exists(), 10, "munge's socket")
+        if self.accounting:
+            self._start_accounting(ports[-1])
         self._spawn("slurmctld", ["slurmctld", "-D", "-f", str(self.conf)])
         for name in NODES:
             self.start_node(name)
@@ -143,6 +171,23 @@ class Cluster:
             "idle nodes",
         )
 
+    def _start_accounting(self, port: int) -> None:
+        """MariaDB on a socket of its own, and slurmdbd in front of it."""
+        data, socket_path, user = self.top / "db", self.top / "run" / "db.sock", getpass.getuser()
+        make = ["mariadb-install-db", "--no-defaults", f"--datadir={data}", f"--user={user}"]
+        make += ["--auth-root-authentication-method=socket", f"--auth-root-socket-user={user}"]
+        subprocess.run([*make, "--skip-test-db"], check=True, capture_output=True, timeout=120)
+        serve = ["mariadbd", "--no-defaults", f"--datadir={data}", f"--socket={socket_path}"]
+        serve += ["--skip-networking", f"--user={user}", f"--pid-file={self.top}/run/db.pid"]
+        self._spawn("mariadbd", serve)
+        self.wait_until(socket_path.exists, 60, "MariaDB's socket")
+        conf = self.top / "slurmdbd.conf"
+        conf.write_text(SLURMDBD_CONF.format(top=self.top, user=user, port=port))
+        conf.chmod(0o600)
+        self.env["MYSQL_UNIX_PORT"] = str(socket_path)
+        self._spawn("slurmdbd", ["slurmdbd", "-D"])
+        self.wait_until(lambda: not _is_free(port), 60, "slurmdbd")
+
     def start_node(self, name: str) -> None:
         self._spawn(name, ["slurmd", "-D", "-N", name, "-f", str(self.conf)])
 
@@ -152,12 +197,13 @@ class Cluster:
         self.daemons[name].wait()
         if only_slurmd:
             return
-        for pid in self.processes():
-            environment = _read(Path(f"/proc/{pid}/environ")).split(b"\0")
-            command = _read(Path(f"/proc/{pid}/cmdline"))
-            stepd = command.startswith(b"slurmstepd") and f"-N {name}".encode() in command
-            if stepd or f"SLURMD_NODENAME={name}".encode() in environment:
-                os.kill(pid, signal.SIGKILL)
+        tasks = [p for p in self.processes() if f"SLURMD_NODENAME={name}" in _environment(p)]
+        stepds = {_parent(p) for p in tasks} & set(self.processes("slurmstepd: "))
+        # the daemons first, and all held: a lost node does not report how its tasks ended
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in (*stepds, *tasks):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
 
     def _spawn(self, name: str, command: list[str]) -> None:
         with open(self.top / "log" / f"{name}.out", "ab") as log:
@@ -243,6 +289,15 @@ def _read(path: Path) -> bytes:
         return b""
 
 
+def _environment(pid: int) -> list[str]:
+    return _read(Path(f"/proc/{pid}/environ")).decode(errors="replace").split("\0")
+
+
+def _parent(pid: int) -> int:
+    stat = _read(Path(f"/proc/{pid}/stat")).rpartition(b")")[2].split()
+    return int(stat[1]) if stat else 0
+
+
 def _free_ports(number: int) -> list[int]:
     """`number` ports in a row that nothing listens on."""
     first = 17000
@@ -263,20 +318,40 @@ def _is_free(port: int) -> bool:
     return True
 
 
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
+def require(programs: Sequence[str], package: str) -> None:
+    """Skip, or fail where the cluster is required, if one of the programs is missing."""
     path = os.environ["PATH"] + ":/usr/sbin"
-    missing = [program for program in PROGRAMS if shutil.which(program, path=path) is None]
-    if missing:
-        reason = f"no Slurm here ({', '.join(missing)}: apt-get install slurm-wlm munge)"
-        if os.environ.get("CHAINRULE_CLUSTER") == "required":
-            pytest.fail(reason)
-        pytest.skip(reason)
+    missing = [program for program in programs if shutil.which(program, path=path) is None]
+    if not missing:
+        return
+    reason = f"no Slurm here ({', '.join(missing)}: apt-get install {package})"
+    if os.environ.get("CHAINRULE_CLUSTER") == "required":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@contextlib.contextmanager
+def started(**options: Any) -> Iterator[Cluster]:
     top = Path(tempfile.mkdtemp(prefix="sl", dir="/tmp"))
-    cluster = Cluster(top)
+    cluster = Cluster(top, **options)
     try:
         cluster.start()
         yield cluster
     finally:
         cluster.stop()
         shutil.rmtree(top, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    require(PROGRAMS, "slurm-wlm munge")
+    with started() as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def accounted_cluster() -> Iterator[Cluster]:
+    """One that forgets ended jobs at once, and whose accounting remembers them."""
+    require((*PROGRAMS, *ACCOUNTING_PROGRAMS), "slurm-wlm munge slurmdbd mariadb-server")
+    with started(job_age_s=2, accounting=True) as cluster:
+        yield cluster

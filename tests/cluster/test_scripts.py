@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from chainrule.pipeline.slurm_log import reason_of_restart
+
 if TYPE_CHECKING:
     from conftest import Cluster
 
@@ -113,6 +115,7 @@ def test_the_time_limit_saves_and_requeues(counting: Counting) -> None:
     job = counting.submit(9999, "--time=1", "--signal=B:USR1@55")
     counting.wait_for_step(5)
     counting.cluster.wait_for(job, ("PENDING",), 90)  # requeued
+    assert reason_of_restart(counting.folder / "log", 0) == "time limit"
     counting.ends_whole(job, restarts=1)
 
 

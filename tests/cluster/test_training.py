@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from chainrule.pipeline import tracking
+
 if TYPE_CHECKING:
     from conftest import Cluster
 
@@ -91,6 +93,17 @@ class Training:
         records = [json.loads(line) for line in lines]
         return [(record["step"], record["loss"]) for record in records]
 
+    def reasons(self) -> list[str | None]:
+        """Why each attempt at the decoder was begun."""
+        return [json.loads(line)["reason"] for line in attempts_in(self)]
+
+    def tags(self) -> dict[str, str]:
+        """The tags of the decoder's MLflow run."""
+        manifest = json.loads((self.root / "decoder" / "artifact.json").read_text())
+        store = tracking.client(self.root.parent)
+        tags: dict[str, str] = store.get_run(manifest["mlflow"]["run_id"]).data.tags
+        return tags
+
     def rank(self, rank: int) -> int:
         """The process of a rank, from srun's environment."""
         for pid in self.cluster.processes("chainrule", "stage", str(self.root.parent)):
@@ -126,7 +139,28 @@ def quiet(
     assert {stage["state"] for stage in stages.values()} == {"fresh"}
     losses = training.losses()
     assert [step for step, _ in losses] == list(range(1, 151))
+    _is_one_pipeline_run(cluster, training)
     return losses
+
+
+def _is_one_pipeline_run(cluster: "Cluster", training: Training) -> None:
+    """The runs of the queued stages hang under one run, which the last job ends."""
+    opened = json.loads((training.root / "pipeline.json").read_text())
+    assert not opened["finished"]
+    store = tracking.client(training.root.parent)
+    cluster.wait_until(
+        lambda: store.get_run(opened["mlflow_run_id"]).info.status == "FINISHED",
+        60,
+        "the end of the pipeline's run",
+        lambda: "\n".join(p.read_text() for p in (training.root / ".slurm").glob("report-*.log")),
+    )
+    for stage in ("decoder", "model", "samples"):
+        manifest = json.loads((training.root / stage / "artifact.json").read_text())
+        tags = store.get_run(manifest["mlflow"]["run_id"]).data.tags
+        assert tags["mlflow.parentRunId"] == opened["mlflow_run_id"], stage
+        assert "slurm.restart_reason" not in tags
+    pages = [file.path for file in store.list_artifacts(opened["mlflow_run_id"])]
+    assert pages == ["report.html"]
 
 
 @pytest.fixture
@@ -169,6 +203,7 @@ def test_a_rank_is_killed(training: Training) -> None:
     os.kill(training.rank(1), signal.SIGKILL)
     training.ends(job)
     assert training.cluster.job(job)["Restarts"] == "1"
+    assert training.reasons() == [None, "a rank was killed (signal 9)"]
 
 
 def test_it_is_preempted(training: Training) -> None:
@@ -181,22 +216,39 @@ def test_it_is_preempted(training: Training) -> None:
     training.cluster.wait_for(urgent, ("COMPLETED",), 60)
     training.ends(job)
     assert "is saved" in training.log(job)
+    assert training.reasons() == [None, "preemption"]
+    tags = training.tags()
+    assert tags["slurm.job_id"] == job
+    assert tags["slurm.restart_count"] == "1"
+    assert tags["slurm.restart_reason"] == "preemption"
+    assert re.fullmatch(rf"{job}\.1 on 127\S+: preemption", tags["slurm.restart_reasons"])
 
 
 def test_it_is_requeued_by_hand(training: Training) -> None:
     job = training.submit("--only", "decoder")
     training.wait_for_checkpoint(job)
     training.cluster.slurm("scontrol", "requeue", job)
+    training.cluster.wait_for(job, ("PENDING",), 30)
+    row = json.loads(training.chainrule("status", "small.yaml", "--json"))["stages"]["decoder"]
+    assert row["restart_reason"] == "requeue by hand"
+    assert row["reason"] in (
+        "to go on after: requeue by hand",
+        f"job {job} on 127.0.0.[1-2], restarted after: requeue by hand",
+    )
     training.ends(job)
+    assert training.reasons() == [None, "requeue by hand"]
 
 
-def test_a_node_dies_with_all_that_runs_on_it(training: Training) -> None:
+@pytest.mark.parametrize("node", ["127.0.0.2", "127.0.0.1"])  # the second runs the batch script
+def test_a_node_dies_with_all_that_runs_on_it(training: Training, node: str) -> None:
     job = training.submit("--only", "decoder")
     training.wait_for_checkpoint(job)
-    training.cluster.kill_node("127.0.0.2")
+    assert training.cluster.job(job)["BatchHost"] == "127.0.0.1"
+    training.cluster.kill_node(node)
     training.cluster.wait_for(job, ("PENDING",), 60)
-    training.cluster.start_node("127.0.0.2")
+    training.cluster.start_node(node)
     training.ends(job)
+    assert training.reasons() == [None, "node failure"]
 
 
 def test_only_slurmd_dies_and_the_old_step_goes_on(
@@ -220,6 +272,7 @@ def test_only_slurmd_dies_and_the_old_step_goes_on(
     training.cluster.start_node(node)
     log = training.root / ".locks" / "decoder.fence.log"
     assert f"attempt {job}.0 was replaced by {job}.1" in log.read_text()
+    assert training.reasons() == [None, "node failure"]
     steps = [step for step, _ in training.losses()]
     assert steps == [step for step, _ in quiet]
     for (_, loss), (_, wanted) in zip(training.losses(), quiet, strict=True):
@@ -240,6 +293,7 @@ def test_it_hangs(training: Training) -> None:
     log = training.log(job)
     assert re.search(r"rank 0: no step for \d+ s; the stacks of its threads", log)
     assert "most recent call first" in log
+    assert training.reasons() == [None, "hang"]
 
 
 def test_it_is_cancelled_and_submitted_again(training: Training) -> None:
@@ -250,3 +304,4 @@ def test_it_is_cancelled_and_submitted_again(training: Training) -> None:
     again = training.submit("--only", "decoder")
     assert again != job
     training.ends(again)
+    assert training.reasons() == [None, "submitted again"]
