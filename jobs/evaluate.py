@@ -43,7 +43,12 @@ from chainrule.pipeline.evaluation.likelihood import (
     score_documents,
     score_events,
 )
-from chainrule.pipeline.evaluation.likelihood_figures import put_images, put_text, put_tokens
+from chainrule.pipeline.evaluation.likelihood_figures import (
+    put_images,
+    put_rows,
+    put_text,
+    put_tokens,
+)
 from chainrule.pipeline.evaluation.linear_probe import probe_model, probe_picture, put_probes
 from chainrule.pipeline.evaluation.round_trip import measure_audio, measure_images, measure_texts
 from chainrule.pipeline.models.made import MADE
@@ -151,7 +156,11 @@ def likelihood(
         tally.add(nats, label_of(tokens.meta(i)) if tokens.classes else None)
     given = " given its class" if is_conditional(source, tokens) else ""
     windows = None if as_events else (source.elements, _stride(config, source))
-    put_tokens(figures, tokens, tally, given, windows, config.unigram_tokens)
+    if tokens.vocabulary.continuous:
+        card = source.tokenizer.card() if source.tokenizer is not None else {}
+        put_rows(figures, tokens, tally, given, card.get("log_volume"))
+    else:
+        put_tokens(figures, tokens, tally, given, windows, config.unigram_tokens)
     if as_events:
         _figures_of_ensemble(config, source, tokens, samples, figures)
     if tokens.modality == "text":

@@ -19,7 +19,7 @@ from pydantic import Field
 
 from chainrule.pipeline.config import Settings, runtime
 from chainrule.pipeline.data import sources
-from chainrule.pipeline.data.arrays import Arrays, Idx, SklearnDigits, Table
+from chainrule.pipeline.data.arrays import Arrays, Idx, SklearnDigits, SklearnTable, Table
 from chainrule.pipeline.data.audio import AudioFolder
 from chainrule.pipeline.data.images import ImageFolder, Sprites
 from chainrule.pipeline.data.shards import (
@@ -39,6 +39,7 @@ SourceSettings = Annotated[
     ImageFolder
     | Sprites
     | SklearnDigits
+    | SklearnTable
     | Idx
     | Arrays
     | Table

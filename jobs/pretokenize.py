@@ -213,7 +213,7 @@ def _encode_shard(
             if writer.skipped > allowed:  # inside the `with`: the cut shard is dropped
                 raise _too_many(config, shards, last, writer.skipped)
         # inside the `with`: whoever finds the shard whole finds its shapes as well
-        if modality == "image":
+        if modality in ("image", "table"):
             write_json(_shapes_path(folder, number), sorted(map(list, shapes)))
     entry = finished(folder, number)
     assert entry is not None, f"shard {number} vanished from {folder}"
@@ -321,11 +321,11 @@ def _shapes_path(folder: Path, number: int) -> Path:
 
 
 def _grid(folder: Path, shards: Shards) -> list[int] | None:
-    """The shape that the tokens of all images have; None where they differ, or are no images."""
+    """The shape that all samples have; None where they differ, or are sequences."""
     if (folder / "index.json").is_file():  # an earlier attempt was killed after this was settled
         found: list[int] | None = read_json(folder / "index.json")["grid"]
         return found
-    if shards.modality != "image":
+    if shards.modality not in ("image", "table"):
         return None
     shapes = {
         tuple(shape)

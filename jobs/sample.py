@@ -289,6 +289,10 @@ def sample_folder(model_folder: Path, out_folder: Path, config: Config) -> Path:
 # --- what is stored ------------------------------------------------------------------------
 
 
+DECODED = {"image": "images", "audio": "audio", "table": "rows"}
+"""The array that holds the decoded samples of a modality."""
+
+
 def layouts(request: Request, source: Source) -> dict[str, Layout]:
     """The arrays of the store, a row each: their shapes and dtypes."""
     size = vocabulary_size(source)
@@ -302,12 +306,10 @@ def layouts(request: Request, source: Source) -> dict[str, Layout]:
     }
     if request.classes is not None:
         arrays["class"] = Layout((), "int64")
-    if source.tokenizer is not None and source.modality in ("image", "audio"):
+    if source.tokenizer is not None and source.modality in DECODED:
         blank = np.full(shape, _offset(source), dtype=dtype)
         decoded = np.asarray(source.tokenizer.decode([blank])[0])
-        arrays["images" if source.modality == "image" else "audio"] = Layout(
-            decoded.shape, str(decoded.dtype)
-        )
+        arrays[DECODED[source.modality]] = Layout(decoded.shape, str(decoded.dtype))
     return arrays
 
 
@@ -351,7 +353,7 @@ def shard_arrays(
     }
     if request.classes is not None:
         arrays["class"] = np.array([request.classes[i % len(request.classes)] for i in rows])
-    for name in ("images", "audio"):
+    for name in DECODED.values():
         if name in layout:
             arrays[name] = np.stack(source.tokenizer.decode(list(tokens)))
     return arrays
@@ -368,6 +370,8 @@ def show(request: Request, source: Source, store: Store, stage: Stage) -> None:
         rate = int(source.tokenizer.card()["sample_rate"])
         for i, audio in enumerate(store.read("audio")):
             save_wav(audio, rate, stage.folder / "audio" / f"{i:05d}.wav")
+    elif "rows" in store.arrays:
+        np.savetxt(stage.folder / "rows.csv", store.read("rows"), fmt="%.7g", delimiter=",")
     elif source.modality == "text" and source.tokenizer is not None:
         (stage.folder / "text").mkdir(exist_ok=True)
         for i, text in enumerate(texts(request, source, store)):

@@ -34,6 +34,7 @@ from chainrule.tokenizers.losses import Adversarial, Perceptual
 from chainrule.tokenizers.mulaw import MuLawSettings, MuLawTokenizer
 from chainrule.tokenizers.palette import PaletteSettings, PaletteTokenizer
 from chainrule.tokenizers.pixels import PixelSettings, PixelTokenizer
+from chainrule.tokenizers.standardize import StandardizeSettings, StandardizeTokenizer
 from chainrule.tokenizers.text import SentencePieceSettings, SentencePieceTokenizer
 from chainrule.tokenizers.vqgan import VQGANSettings
 from chainrule.tokenizers.vqvae import VQVAESettings
@@ -48,7 +49,8 @@ AnySettings = Annotated[
     | ByteSettings
     | CharacterSettings
     | MuLawSettings
-    | PixelSettings,
+    | PixelSettings
+    | StandardizeSettings,
     Field(discriminator="kind"),
 ]
 MODALITY = {
@@ -60,6 +62,7 @@ MODALITY = {
     "bytes": "text",
     "characters": "text",
     "mulaw": "audio",
+    "standardize": "table",
 }
 SHOWN = 16
 """Pictures on a sheet of reconstructions."""
@@ -253,6 +256,8 @@ def fit(config: Config, shards: Shards) -> Tokenizer:
         return PaletteTokenizer.train(settings, pixels, config.seed)
     if isinstance(settings, MuLawSettings):
         return MuLawTokenizer(settings, next(shards.iterate("train")).audio()[1])
+    if isinstance(settings, StandardizeSettings):
+        return StandardizeTokenizer.train(sample.values() for sample in shards.iterate("train"))
     if isinstance(settings, PixelSettings):
         return PixelTokenizer(settings)
     assert isinstance(settings, ByteSettings)

@@ -131,7 +131,7 @@ def _from_tokens(pipeline: Pipeline, spec: StageSpec) -> dict[str, Any]:
     for name in spec.inputs.get("tokens", []):
         index = _published(pipeline, name)
         if index is not None:
-            sizes.append(index["vocabulary"]["size"])
+            sizes.append(index["vocabulary"]["size"] or None)
             settled["image"] = index["modality"] == "image"
             if index["grid"]:
                 settled["event_shape"] = tuple(index["grid"])

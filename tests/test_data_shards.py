@@ -272,7 +272,7 @@ def test_nothing_is_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert not Path("exploited").exists()
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "int64"])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "int64", "float32"])
 def test_npy_members_round_trip(dtype: str) -> None:
     for shape in ((0,), (5,), (4, 3), (3, 2, 2)):
         array = np.arange(np.prod(shape), dtype=dtype).reshape(shape)
@@ -283,4 +283,4 @@ def test_npy_members_round_trip(dtype: str) -> None:
         with pytest.raises(ValueError, match="npy"):
             decode_npy(data[:-1] if array.size else data[:-2])
     with pytest.raises(ValueError, match="not integers"):
-        decode_npy(encode_member("tokens.npy", np.zeros(3)))
+        decode_npy(encode_member("tokens.npy", np.array(["a"])))

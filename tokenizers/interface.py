@@ -28,6 +28,7 @@ LOADERS: dict[str, tuple[str, str]] = {
     "characters": ("chainrule.tokenizers.characters", "CharacterTokenizer"),
     "mulaw": ("chainrule.tokenizers.mulaw", "MuLawTokenizer"),
     "pixels": ("chainrule.tokenizers.pixels", "PixelTokenizer"),
+    "standardize": ("chainrule.tokenizers.standardize", "StandardizeTokenizer"),
 }
 
 
@@ -42,18 +43,19 @@ class TokenizerSettings(pydantic.BaseModel):
 
 
 class Tokenizer(ABC):
-    """Encodes batches of raw samples to integer arrays, and back.
+    """Encodes batches of raw samples to integer arrays, and back. (Tables stay real numbers.)
 
     Raw samples, by modality:
     - image: uint8 arrays (H, W, C), C = 1 or 3
     - text: str
     - audio: int16 arrays (T,), mono, at `card()["sample_rate"]`
+    - table: float32 arrays (D,)
     Token arrays: (h, w) for images, (3, h, w) for the pixels of RGB images, (t,) for text
-    and audio; of the smallest unsigned dtype that holds the vocabulary.
+    and audio; of the smallest unsigned dtype that holds the vocabulary. Of tables: float32 (D,).
     """
 
     kind: str
-    modality: str  # "image" | "text" | "audio"
+    modality: str  # "image" | "text" | "audio" | "table"
 
     @property
     @abstractmethod

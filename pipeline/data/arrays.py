@@ -91,11 +91,53 @@ class SklearnDigits(SourceSettings):
         return ArraySource(images, digits.target.astype(np.int64), where=where)
 
     def files(self) -> list[Path]:
-        found = importlib.util.find_spec("sklearn")  # without the second that importing it takes
-        if found is None or found.origin is None:
-            raise SourceError("scikit-learn is not installed, and the digits are part of it")
-        path = Path(found.origin).parent / "datasets" / "data" / "digits.csv.gz"
+        path = _sklearn_data("datasets") / "data" / "digits.csv.gz"
         return [path] if path.is_file() else []
+
+
+class SklearnTable(SourceSettings):
+    """A table of continuous values that scikit-learn holds, its rows in their order.
+
+    breast-cancer: 569 x 30; diabetes: 442 x 10; iris: 150 x 4; wine: 178 x 13. Or
+    photograph-patches: the squares of `side` pixels of scikit-learn's two photographs, grey, each
+    level made real by noise from [0, 1) drawn from the seed, in units of 256 levels.
+    """
+
+    kind: Literal["sklearn-table"]
+    name: Literal["breast-cancer", "diabetes", "iris", "wine", "photograph-patches"]
+    side: int = Field(4, ge=1, le=64, description="photograph-patches: pixels")
+    seed: int = Field(0, ge=0, description="photograph-patches: of the noise")
+
+    def open(self) -> Source:
+        from sklearn import datasets
+
+        if self.name == "photograph-patches":
+            pictures = datasets.load_sample_images().images
+            patches = [_squares(picture.mean(axis=2), self.side) for picture in pictures]
+            noise = np.random.default_rng(self.seed)
+            levels = np.concatenate(patches)
+            return _TableSource((levels + noise.random(levels.shape)) / 256, "photographs")
+        load = getattr(datasets, f"load_{self.name.replace('-', '_')}")
+        return _TableSource(np.asarray(load().data, np.float64), self.name)
+
+    def files(self) -> list[Path]:
+        _sklearn_data("datasets")
+        return []
+
+
+def _squares(picture: np.ndarray, side: int) -> np.ndarray:
+    """Squares (N, side * side) of a grey picture (H, W), side by side, raster order."""
+    height, width = (n - n % side for n in picture.shape)
+    cut = picture[:height, :width].reshape(height // side, side, width // side, side)
+    return cut.transpose(0, 2, 1, 3).reshape(-1, side * side)
+
+
+def _sklearn_data(name: str) -> Path:
+    """A path within scikit-learn, without the second that importing it takes; SourceError."""
+    found = importlib.util.find_spec("sklearn")
+    if found is None or found.origin is None:
+        raise SourceError("scikit-learn is not installed, and the data are part of it")
+    return Path(found.origin).parent / name
 
 
 class Idx(SourceSettings):

@@ -43,7 +43,7 @@ class Batch:
     """Rows of a step. T positions a row, row-major for grids."""
 
     x: Tensor
-    """(B, T) long."""
+    """(B, T) long; float32 where elements are real numbers."""
     cond: Tensor | None
     """(B,) long, labels; -1 where a row has none. None where no row has one."""
     documents: Tensor | None
@@ -170,7 +170,8 @@ class Mixture:
         return self._fetch(self.pieces(first, first + share), share, first, step)
 
     def _fetch(self, pieces: np.ndarray, rows: int, position: int, step: int) -> Batch:
-        x = np.zeros((rows, self.context), np.int64)
+        dtype = np.float32 if self.vocabulary.continuous else np.int64
+        x = np.zeros((rows, self.context), dtype)
         cond = np.full(rows, -1, np.int64) if self._conditioned else None
         documents = np.full((rows, self.context), -1, np.int64) if self._packed else None
         mask = np.zeros((rows, self.context), np.bool_)
@@ -213,6 +214,11 @@ def joint_vocabulary(
     of = {tokens.tokenizer_fingerprint: tokens.vocabulary for tokens in token_sets}
     if len(prints) == 1:
         return of[prints[0]], [None] * len(token_sets)
+    if any(of[fingerprint].continuous for fingerprint in prints):
+        raise RequestError(
+            "tables of real numbers are not mixed with sets of another tokenizer; "
+            "train a model on each"
+        )
     vocabulary, tables = join([of[fingerprint] for fingerprint in prints])
     return vocabulary, [tables[prints.index(t.tokenizer_fingerprint)] for t in token_sets]
 

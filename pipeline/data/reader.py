@@ -71,8 +71,8 @@ def _npy_header(header: bytes) -> tuple[np.dtype[Any], tuple[int, ...]]:
     known = _HEADERS.get(header)
     if known is None:
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(io.BytesIO(header[8:]))
-        if fortran or dtype.kind not in "iu":
-            raise ValueError(f".npy of {dtype}, not integers in C order")
+        if fortran or dtype.kind not in "iuf":
+            raise ValueError(f".npy of {dtype}, not integers or reals in C order")
         known = (dtype, shape)
         if len(_HEADERS) < 10_000:
             _HEADERS[header] = known

@@ -7,7 +7,7 @@ again, write the same shards.
 The kinds (`source: {kind: ...}` of an ingest stage) are settings that `open` a source:
 
     images.py   image-folder, sprites                   text.py    text, python-stdlib
-    arrays.py   sklearn-digits, idx, arrays, table      audio.py   audio-folder
+    arrays.py   sklearn-digits, sklearn-table, idx, arrays, table   audio.py   audio-folder
 """
 
 import gzip

@@ -101,6 +101,18 @@ class TokenSet:
             raise ShardError(
                 f"{self.shards.folder}: sample {sample.key}: no token array ({error})"
             ) from None
+        if self.vocabulary.continuous:
+            if tokens.dtype.kind != "f" or not np.isfinite(tokens).all():
+                raise ShardError(
+                    f"{self.shards.folder}: sample {sample.key} holds {tokens.dtype} that are not "
+                    "all finite real numbers; pretokenize again"
+                )
+            return tokens
+        if tokens.dtype.kind not in "iu":
+            raise ShardError(
+                f"{self.shards.folder}: sample {sample.key} holds {tokens.dtype}, not token ids; "
+                "pretokenize again"
+            )
         if tokens.size and int(tokens.max()) >= self.vocabulary.size:
             raise ShardError(
                 f"{self.shards.folder}: sample {sample.key} holds token {int(tokens.max())}, the "

@@ -4,6 +4,8 @@ The plain-dict form is what `index.json` and every `card.json` hold under "vocab
 
     {"size": 4098, "ranges": {"text": [0, 4096], "specials": [4096, 4098]},
      "specials": {"bos": 4096, "eos": 4097}}
+
+A size of 0 says that elements are real numbers (tables): no ids, no ranges.
 """
 
 from collections.abc import Sequence
@@ -18,7 +20,7 @@ from chainrule.pipeline.config import Settings
 class Vocabulary(Settings):
     """Named half-open ranges `[start, stop)` of ids, disjoint and inside `size`."""
 
-    size: int = Field(ge=1)
+    size: int = Field(ge=0, description="0: elements are real numbers")
     ranges: dict[str, tuple[int, int]]
     specials: dict[str, int] = {}
 
@@ -37,8 +39,20 @@ class Vocabulary(Settings):
         return self
 
     @property
+    def continuous(self) -> bool:
+        """Whether elements are real numbers."""
+        return self.size == 0
+
+    @property
+    def values(self) -> int | None:
+        """How many values an element has; None for real numbers."""
+        return self.size or None
+
+    @property
     def dtype(self) -> np.dtype[Any]:
-        """The smallest unsigned type that holds every id."""
+        """The smallest unsigned type that holds every id; float32 for real numbers."""
+        if self.continuous:
+            return np.dtype(np.float32)
         return np.dtype(np.min_scalar_type(self.size - 1))
 
     def as_dict(self) -> dict[str, Any]:

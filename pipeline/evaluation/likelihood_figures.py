@@ -9,7 +9,7 @@ import math
 import numpy as np
 
 from chainrule.pipeline.data.reader import Shards
-from chainrule.pipeline.evaluation import codecs
+from chainrule.pipeline.evaluation import codecs, densities
 from chainrule.pipeline.evaluation.figures import Figures
 from chainrule.pipeline.evaluation.held_out import HeldOut
 from chainrule.pipeline.evaluation.likelihood import Tally, unigram_nats
@@ -65,6 +65,41 @@ def put_tokens(
         figures.put(
             f"nats_per_token.class.{name}", nats / elements, split, f"nats a token, class {name}"
         )
+
+
+def put_rows(
+    figures: Figures, tokens: HeldOut, tally: Tally, given: str, log_volume: float | None
+) -> None:
+    """Densities of rows of real numbers, beside a Gaussian and a kernel density.
+
+    `log_volume`: nats a row that standardising took off, so that they can be given back.
+    """
+    split = tokens.split
+    nats = tally.nats / max(tally.samples, 1)
+    how = f"nats of -log p(row{given}), mean over rows, columns standardised"
+    figures.put("nats_per_row", nats, split, how)
+    figures.put("nats", tally.mean, split, "nats_per_row over the columns")
+    figures.put("rows", tally.samples, split, "rows scored")
+    if log_volume is not None:
+        own = "nats_per_row for columns in their own units"
+        figures.put("nats_per_row.own_units", nats + log_volume, split, own)
+    train = np.stack([row.astype(np.float64) for row in tokens.training()])
+    held_out = np.stack([tokens[i][0].astype(np.float64).ravel() for i in range(tally.samples)])
+    columns = densities.independent_gaussian_nats(train, held_out)
+    figures.put("independent_gaussian_nats_per_row", columns, split, "a Gaussian for each column")
+    gaussian = densities.gaussian_nats(train, held_out)
+    figures.put(
+        "gaussian_nats_per_row", gaussian, split, "one Gaussian fitted to the training rows"
+    )
+    kernel, width = densities.kernel_nats(train, held_out)
+    figures.put(
+        "kernel_density_nats_per_row",
+        kernel,
+        split,
+        f"a Gaussian kernel of {width:.3g} deviations on each of "
+        f"{min(len(train), densities.MOST_ROWS):,} training rows; the width is the best for a "
+        "tenth of them",
+    )
 
 
 def _counts(tokens: HeldOut, most: int) -> tuple[np.ndarray, int]:

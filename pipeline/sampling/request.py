@@ -255,5 +255,5 @@ def _allowed(vocabulary: Vocabulary, source: Source, end: Sequence[int]) -> torc
 def vocabulary_size(source: Source) -> int | None:
     """Values of an element; None for real numbers."""
     if source.card.get("vocabulary"):
-        return Vocabulary.model_validate(source.card["vocabulary"]).size
+        return Vocabulary.model_validate(source.card["vocabulary"]).values
     return getattr(source.model.config, "vocabulary_size", None)

@@ -60,9 +60,13 @@ def model_config(spec: str | dict[str, Any], sets: Sequence[TokenSet]) -> Settin
     """
     asked = {} if isinstance(spec, str) else dict(spec)
     vocabulary, _ = joint_vocabulary(sets)
-    filled: dict[str, Any] = {"vocabulary_size": vocabulary.size}
+    filled: dict[str, Any] = {"vocabulary_size": vocabulary.values}
     size = asked.get("vocabulary_size")
     if size is not None:
+        if vocabulary.continuous:
+            raise RequestError(
+                f"model.vocabulary_size {size}: the elements are real numbers; leave it out"
+            )
         if size < vocabulary.size:
             raise RequestError(
                 f"model.vocabulary_size {size}: the tokens go up to {vocabulary.size - 1}; "
