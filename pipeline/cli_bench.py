@@ -85,8 +85,8 @@ def decode(
     dtype: Annotated[
         list[str] | None, typer.Option(help="float32, bfloat16, int8 (weights alone).")
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1)] = 64,
-    rounds: RoundsOption = 3,
+    tokens: Annotated[int, typer.Option(min=1)] = 32,
+    rounds: RoundsOption = 9,
     device: DeviceOption = "cpu",
 ) -> None:
     """Cached greedy generation against `transformers.generate`, and the share of the bound."""
@@ -95,6 +95,23 @@ def decode(
     names = _chosen("model", model, sampling.MODELS)
     dtypes = _chosen("dtype", dtype or ["float32"], ("float32", "bfloat16", "int8"))
     _print(sampling.decode(names, batch or (1, 32), dtypes, tokens, rounds, device))
+
+
+@bench.command()
+def images(
+    model: Annotated[list[str] | None, typer.Option(help="Which models.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Batch sizes.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16, int8")] = None,
+    guidance: Annotated[float, typer.Option(min=0.0, help="Scale of the guidance.")] = 3.0,
+    rounds: RoundsOption = 5,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Pictures a second from decoders of 16 x 16 codes, with guidance and without."""
+    from chainrule.pipeline.sampling import bench as sampling
+
+    names = _chosen("model", model, sampling.IMAGE_MODELS)
+    dtypes = _chosen("dtype", dtype or ["float32"], ("float32", "bfloat16", "int8"))
+    _print(sampling.images(names, batch or (1, 16), dtypes, guidance, rounds, device))
 
 
 @bench.command()

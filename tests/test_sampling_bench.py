@@ -19,7 +19,6 @@ TINY = {"vocabulary_size": 64, "context": 40, "layers": 2, "heads": 2, "width": 
 def test_both_sides_say_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
     monkeypatch.setitem(bench.MODELS, "tiny", {"family": family, **TINY})
-    monkeypatch.setattr(bench, "measure_bandwidth", lambda device: 1e9)
     rows = bench.decode(["tiny"], (1, 3), tokens=16, rounds=1)
     assert [row["batch"] for row in rows] == [1, 3]
     for row in rows:
@@ -32,8 +31,18 @@ def test_both_sides_say_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -
     assert "100%" in text[1]
 
 
+def test_pictures_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = {**bench.IMAGE_MODELS["images-11m"], "layers": 1, "heads": 2, "width": 16}
+    monkeypatch.setitem(bench.IMAGE_MODELS, "tiny", {**tiny, "event_shape": (3, 3)})
+    rows = bench.images(["tiny"], (1, 2), rounds=1)
+    assert [row["batch"] for row in rows] == [1, 2]
+    for row in rows:
+        assert row["guided codes/s"] == pytest.approx(9 * row["guided images/s"])
+        assert row["plain images/s"] > 0
+
+
 def test_the_named_models_have_the_size_of_their_names() -> None:
-    for name, spec in bench.MODELS.items():
+    for name, spec in {**bench.MODELS, **bench.IMAGE_MODELS}.items():
         with torch.device("meta"):
             model = build(spec)
         parameters = sum(p.numel() for p in model.parameters())
@@ -46,10 +55,6 @@ def test_weights_that_a_token_reads() -> None:
     whole = sum(p.nbytes for p in model.parameters())
     tables = (40 + 64) * 32 * 4
     assert bench.weight_bytes(model) == whole - tables
-
-
-def test_bandwidth_is_measured() -> None:
-    assert 1e8 < bench.measure_bandwidth(torch.device("cpu"), megabytes=16) < 1e13
 
 
 def test_speculative_rows() -> None:
