@@ -3,7 +3,8 @@
     model + tokens    likelihood of each element: nats, bits, perplexity, beside the unigram
                       guess; by position, by class; text: a byte and a word, beside gzip, bzip2,
                       xz and zstd on the same bytes
-    tokenizer + data  what encode then decode gives back: PSNR, SSIM, codebook usage
+    tokenizer + data  what encode then decode gives back: PSNR, SSIM, codebook usage; with files
+                      of weights LPIPS and the Fréchet distance of Inception features (rFID)
     samples + data    whether a classifier fitted on real images names the class asked for
     probe: true       a linear probe of each layer of an image Transformer, against raw pixels
                       and the same architecture with random weights (tokens and data with labels)
@@ -28,6 +29,7 @@ from chainrule.pipeline.evaluation import codecs
 from chainrule.pipeline.evaluation.agreement import measure_agreement
 from chainrule.pipeline.evaluation.factors import Parts
 from chainrule.pipeline.evaluation.figures import Figures
+from chainrule.pipeline.evaluation.frechet import inception
 from chainrule.pipeline.evaluation.held_out import (
     Encoded,
     HeldOut,
@@ -52,6 +54,7 @@ from chainrule.pipeline.evaluation.likelihood_figures import (
 from chainrule.pipeline.evaluation.linear_probe import probe_model, probe_picture, put_probes
 from chainrule.pipeline.evaluation.round_trip import measure_audio, measure_images, measure_texts
 from chainrule.pipeline.models.made import MADE
+from chainrule.pipeline.ranks import own_device
 from chainrule.pipeline.sampling.request import Source
 from chainrule.pipeline.stage import Input, Stage, StageFailed
 
@@ -84,6 +87,12 @@ class Config(Settings):
     )
     codecs: bool = Field(True, description="text: gzip, bzip2, xz and zstd on the same bytes")
     probe: ProbeSettings | None = Field(None, description="linear probe of each layer")
+    lpips: Path | None = Field(
+        None, description="LPIPS: safetensors of lpips.LPIPS(net='vgg').state_dict()"
+    )
+    inception: Path | None = Field(
+        None, description="rFID: safetensors of torch-fidelity's InceptionV3 weights"
+    )
     factors: bool = Field(True, description="keep the nats of every element in factors.zarr")
     dtype: Literal["float32", "bfloat16"] = "float32"
     batch_size: int = runtime(64, ge=1, description="windows or events scored together")
@@ -299,12 +308,25 @@ def reconstruct(config: Config, stage: Stage, source: Source | None, figures: Fi
         batches = _raw_batches(config, shards, samples, progress)
         if tokenizer.modality == "image":
             picture = stage.folder / "reconstructions.png"
-            measure_images(tokenizer, batches, config.split, figures, picture)
+            device = own_device() if config.device == "auto" else config.device
+            perceptual = _lpips(config.lpips, device) if config.lpips is not None else None
+            features = inception(config.inception, device) if config.inception else None
+            measure_images(tokenizer, batches, config.split, figures, picture, perceptual, features)
             stage.picture(picture)
         elif tokenizer.modality == "text":
             measure_texts(tokenizer, batches, config.split, figures)
-        else:
+        elif tokenizer.modality == "audio":
             measure_audio(tokenizer, batches, config.split, figures)
+
+
+def _lpips(weights: Path, device: str) -> Any:
+    from chainrule.tokenizers.interface import TokenizerError
+    from chainrule.tokenizers.losses import lpips_of_images
+
+    try:
+        return lpips_of_images(weights, device)
+    except TokenizerError as error:
+        raise StageFailed(f"lpips: {error}") from None
 
 
 def _tokenizer(stage: Stage, source: Source | None) -> Any:

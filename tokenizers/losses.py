@@ -3,9 +3,11 @@
 Images are (B, C, H, W) in [-1, 1]. Statistics are averaged over ranks, as in `quantizers.py`.
 """
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
@@ -140,6 +142,24 @@ class LPIPS(nn.Module):
 
 
 # --- adversarial ------------------------------------------------------------------------
+
+
+def lpips_of_images(
+    weights: Path, device: str
+) -> Callable[[Sequence[np.ndarray], Sequence[np.ndarray]], float]:
+    """LPIPS of two lists of uint8 images (H, W, C), summed over them; TokenizerError."""
+    network = LPIPS(weights).to(device)
+
+    def scaled(image: np.ndarray) -> Tensor:
+        values = image.transpose(2, 0, 1)[None] / np.float32(127.5) - 1
+        return torch.from_numpy(values).to(device)
+
+    def summed(originals: Sequence[np.ndarray], others: Sequence[np.ndarray]) -> float:
+        with torch.inference_mode():
+            pairs = zip(originals, others, strict=True)
+            return sum(float(network(scaled(a), scaled(b))) for a, b in pairs)
+
+    return summed
 
 
 class Adversarial(TokenizerSettings):

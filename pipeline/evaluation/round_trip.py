@@ -5,15 +5,17 @@ A tokenizer is anything with `encode`, `decode` and `vocabulary` of
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from chainrule.pipeline.evaluation.figures import Figures
+from chainrule.pipeline.evaluation.frechet import Features, Moments, distance
 from chainrule.pipeline.evaluation.reconstruction import Reconstruction, Usage
 
+Perceptual = Callable[[Sequence[np.ndarray], Sequence[np.ndarray]], float]
 SHOWN = 16
 """Pairs in the picture."""
 
@@ -24,16 +26,29 @@ def measure_images(
     split: str,
     figures: Figures,
     picture: Path,
+    perceptual: Perceptual | None = None,
+    features: Features | None = None,
 ) -> None:
-    """PSNR, SSIM, codebook usage of images; originals above reconstructions as a PNG."""
+    """PSNR, SSIM, codebook usage of images; originals, reconstructions and errors as a PNG.
+
+    `perceptual` gives LPIPS of two lists of images, summed over them; `features` those that the
+    Fréchet distance (rFID) is of.
+    """
     start, stop = tokenizer.vocabulary["ranges"]["image"]
     pairs, usage = Reconstruction(), Usage(start, stop)
     shown: list[np.ndarray] = []
     tokens = pixels = 0
+    far = 0.0
+    originals, reconstructions = Moments(), Moments()
     for images in batches:
         codes = tokenizer.encode(images)
         back = tokenizer.decode(codes)
         pairs.add(images, back)
+        if perceptual is not None:
+            far += perceptual(images, back)
+        if features is not None:
+            originals.add(features(images))
+            reconstructions.add(features(back))
         tokens += sum(code.size for code in codes)
         pixels += sum(image.shape[0] * image.shape[1] for image in images)
         for code in codes:
@@ -42,6 +57,17 @@ def measure_images(
             shown = [*images[:SHOWN], *back[:SHOWN]]
     figures.put("psnr", pairs.psnr, split, "dB, peak 255; mean over images that differ at all")
     figures.put("ssim", pairs.ssim, split, "mean structural similarity (Wang et al. 2004)")
+    if perceptual is not None:
+        how = "LPIPS (Zhang et al. 2018) on VGG-16, mean over images; 0 is the original"
+        figures.put("lpips", far / pairs.pairs, split, how)
+    if features is not None:
+        figures.put(
+            "rfid",
+            distance(originals, reconstructions),
+            split,
+            f"Fréchet distance of Inception features of {originals.count} originals and their "
+            "reconstructions (torch-fidelity's network); of few images it is biased upwards",
+        )
     figures.put("mse", pairs.mse, split, "mean squared error a value, scale 0..255")
     figures.put("exact", pairs.exact / pairs.pairs, split, "share of images given back exactly")
     figures.put("codebook_usage", usage.used, split, f"share of the {stop - start} codes used")
@@ -56,11 +82,14 @@ def measure_images(
 
 
 def side_by_side(images: Sequence[np.ndarray], path: Path) -> None:
-    """n originals (the first half of `images`) above their n reconstructions, as a PNG."""
+    """n originals (the first half of `images`) above their n reconstructions and the error of
+    each (grey is none), as a PNG."""
     from PIL import Image
 
     n = len(images) // 2
     rows = [np.concatenate(list(images[i : i + n]), axis=1) for i in (0, n)]
+    error = rows[1].astype(np.int16) - rows[0]
+    rows.append(np.clip(error + 128, 0, 255).astype(np.uint8))
     sheet = np.concatenate(rows, axis=0)
     scale = max(1, 64 // images[0].shape[0])
     sheet = sheet.repeat(scale, axis=0).repeat(scale, axis=1)
