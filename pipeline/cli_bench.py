@@ -194,3 +194,44 @@ def pretokenize(
     job: Any = job_module("pretokenize")
     config = job.Config(device=device, workers=workers)
     _print(job.bench(data, tokenizer, config, samples, rounds))
+
+
+@bench.command()
+def width(
+    widths: Annotated[
+        list[int] | None, typer.Option("--width", help="The first is the base.")
+    ] = None,
+    rate: Annotated[list[float] | None, typer.Option(help="Learning rates.")] = None,
+    steps: Annotated[int, typer.Option(min=10)] = 150,
+    batch: Annotated[int, typer.Option(min=1)] = 16,
+    text: Annotated[Path | None, typer.Option(help="A file; else Python's own sources.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The picture.")] = Path("width.png"),
+) -> None:
+    """Where the best learning rate lies at each width, with µP (`base_width`) and without."""
+    from chainrule.pipeline.data.text import PythonStdlib
+    from chainrule.pipeline.training import width_transfer as transfer
+
+    chosen = widths or [64, 128, 256]
+    wrong = [w for w in chosen if w % transfer.HEAD_WIDTH]
+    if wrong:
+        raise RequestError(f"--width {wrong[0]}: a multiple of {transfer.HEAD_WIDTH} is needed")
+    if text is not None and not text.is_file():
+        raise RequestError(f"{text}: no such file")
+    if text is None:
+        files = PythonStdlib(kind="python-stdlib").files()
+        content = b"".join(path.read_bytes() for path in files[:200])
+    else:
+        content = text.read_bytes()
+    if len(content) <= transfer.CONTEXT:
+        raise RequestError(f"{text}: {len(content)} bytes, more than {transfer.CONTEXT} are needed")
+    rates = rate or [2.0**k for k in range(-11, -3)]
+
+    def tell(run: transfer.Run) -> None:
+        typer.echo(f"{run.way:8} width {run.width:4} rate {run.learning_rate:.5f}: {run.loss:.4f}")
+
+    runs = transfer.sweep(content, chosen, rates, steps, batch, tell)
+    for way, found in transfer.best_rates(runs).items():
+        best = ", ".join(f"{w}: {r:.5f}" for w, r in sorted(found.items()))
+        typer.echo(f"{way}: best rate by width {best}")
+    transfer.picture(runs, out)
+    typer.echo(out)

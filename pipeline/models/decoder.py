@@ -209,7 +209,12 @@ class Decoder(Autoregressive):
 
     def _initialise(self) -> None:
         """GPT-2's: N(0, 0.02), what is added to the residual stream by 1/sqrt(2 layers) less
-        (Radford et al. 2019, section 2.3)."""
+        (Radford et al. 2019, section 2.3). With a `base_width`, matrices of the network shrink
+        with the width as µP wants it (Yang et al. 2022, table 3)."""
+        width, base = self.config.width, self.config.base_width or self.config.width
+        if base != width:
+            with torch.no_grad():
+                self.head.weight.mul_(base / width)
         for name, parameter in self.named_parameters():
             if name.startswith(("head.", "class_embedding.")):
                 continue
@@ -218,6 +223,8 @@ class Decoder(Autoregressive):
             elif parameter.dim() == 2 or name == "start":
                 residual = name.endswith("output.weight")
                 std = 0.02 / math.sqrt(2 * self.config.layers) if residual else 0.02
+                if name.startswith("blocks."):
+                    std *= math.sqrt(base / width)
                 nn.init.normal_(parameter, std=std)
         if self.config.vocabulary_size is None:
             # One number has to fill the whole width: as wide as a table's row would be, it

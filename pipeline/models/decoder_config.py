@@ -77,6 +77,11 @@ class DecoderConfig(Settings):
     window: int | None = Field(
         None, ge=1, description="inputs that one attends to, itself included; none: all before it"
     )
+    base_width: int | None = Field(
+        None,
+        ge=1,
+        description="µP: the width whose learning rates hold at this one as well; keep head_width",
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="of the start, and of what a block adds")
     attention_dropout: float = Field(
         default_factory=lambda data: data["dropout"],
@@ -125,6 +130,16 @@ class DecoderConfig(Settings):
         check_head(self.head, self.vocabulary_size)
         if self.tied_embeddings and self.head.kind != "categorical":
             raise ValueError(f"tied_embeddings need a categorical head, not {self.head.kind}")
+        if self.base_width is not None and self.tied_embeddings:
+            raise ValueError(
+                "base_width: tied_embeddings share one matrix that µP scales in two ways; "
+                "set tied_embeddings: false"
+            )
+        if self.base_width is not None and self.base_width % self.head_width:
+            raise ValueError(
+                f"base_width {self.base_width} is no multiple of head_width {self.head_width}: "
+                "widths transfer by the number of heads, keep head_width"
+            )
         if self.bos is not None:
             if self.classes is not None:
                 raise ValueError("bos and classes: one start symbol, give one of them")

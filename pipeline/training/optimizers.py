@@ -35,6 +35,11 @@ def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict
     With Muon, matrices inside the network are a group of their own; embeddings and the
     output layer stay with AdamW (Jordan et al. 2024). Where the output layer is tied to
     the embedding it is the one parameter, and an embedding.
+
+    A model with a `base_width` (µP: Yang et al. 2022, "Tensor Programs V", table 3) has rates for
+    that width: those of matrices over the width, the output layer's among them, fall by
+    base_width / width, and their decay a step stays what it was. Muon's update has a fixed norm
+    and needs no such factor.
     """
     embeddings = {
         id(p)
@@ -45,6 +50,7 @@ def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict
     decayed: list[Tensor] = []
     plain: list[Tensor] = []
     matrices: list[Tensor] = []
+    tables: list[Tensor] = []  # of positions: as wide as the model, however wide that is
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
@@ -54,9 +60,12 @@ def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict
             (decayed if settings.decay_embeddings else plain).append(p)
         elif settings.name == "muon" and p.ndim == 2 and not _is_output(name):
             matrices.append(p)
+        elif name == "positions":
+            tables.append(p)
         else:
             decayed.append(p)
     rate, decay = settings.learning_rate, settings.weight_decay
+    shrink = _width_factor(model)
     groups: list[dict[str, Any]] = [
         {
             "params": matrices,
@@ -64,13 +73,20 @@ def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict
             "weight_decay": decay,
             "muon": True,
         },
-        {"params": decayed, "lr": rate, "weight_decay": decay},
+        {"params": decayed, "lr": rate * shrink, "weight_decay": decay / shrink},
+        {"params": tables, "lr": rate, "weight_decay": decay},
         {"params": plain, "lr": rate, "weight_decay": 0.0},
     ]
     kept = [group for group in groups if group["params"]]
     for group in kept:
         group["base_lr"] = group["lr"]
     return kept
+
+
+def _width_factor(model: nn.Module) -> float:
+    config: Any = getattr(model, "config", None)
+    base = getattr(config, "base_width", None)
+    return 1.0 if base is None else float(base / config.width)
 
 
 def _is_output(name: str) -> bool:
