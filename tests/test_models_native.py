@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from chainrule.pipeline import build
-from chainrule.pipeline.models import native
+from chainrule.pipeline.models import native, native_steps
 from chainrule.pipeline.models.decoder import Decoder
+from chainrule.pipeline.models.kernels import RMSNorm, split_heads, swiglu
 from chainrule.pipeline.models.kv_cache import DecoderCursor
 from chainrule.pipeline.models.ragged import RaggedCursor
 from chainrule.pipeline.sampling.int8 import quantise
@@ -38,7 +39,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "wide heads": {"preset": "gpt2-debug", "width": 60, "heads": 1, "head_width": 90},
 }
 
-needs_compiler = pytest.mark.skipif(native.load() is None, reason="no C compiler here")
+needs_compiler = pytest.mark.skipif(native_steps.load() is None, reason="no C compiler here")
 
 
 def make(name: str, dtype: str = "float32") -> tuple[Decoder, torch.Tensor, torch.Tensor | None]:
@@ -146,8 +147,8 @@ def test_without_a_compiler_torch_takes_the_steps(
 ) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setenv("PATH", "")
-    assert native._build() is None
-    monkeypatch.setattr(native, "load", lambda: None)
+    assert native.load(native_steps.SOURCE) is None
+    monkeypatch.setattr(native_steps, "load", lambda: None)
     model, _, _ = make("gpt2")
     assert model.sample(2, seed=3).shape == (2, 256)
     with native.allowed():
@@ -178,3 +179,64 @@ def test_other_layers_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None
     head: Any = model.head
     head.weight = torch.nn.Parameter(head.weight.t().contiguous().t())
     assert steps() is None
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("width", [8, 42])
+def test_kernels_of_training_and_their_gradients(width: int, threads: int) -> None:
+    """Against the same functions outside `allowed()`, on rows that no block divides."""
+    torch.manual_seed(0)
+    norm = RMSNorm(width, 1e-5)
+    with torch.no_grad():
+        norm.weight.normal_()
+    angle = torch.rand(5, 1, width // 2)
+    cos, sin = angle.cos(), angle.sin()
+    rope = torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)])
+    x = torch.randn(3, 5, 2 * width, requires_grad=True)
+    qkv = torch.randn(3, 5, 7 * width, requires_grad=True)
+
+    def attend(qkv: torch.Tensor) -> torch.Tensor:
+        q, k, v = split_heads(qkv, rope, 3, 2, width)
+        # Gradients that are transposed, broadcast and contiguous.
+        return torch.cat([q.transpose(1, 2).flatten(1), k.sum(3).flatten(1), v.flatten(1)], dim=1)
+
+    cases: list[tuple[Any, list[torch.Tensor]]] = [
+        (lambda: norm(x[..., ::2]), [x, norm.weight]),
+        (lambda: swiglu(x), [x]),
+        (lambda: attend(qkv), [qkv]),
+    ]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for function, inputs in cases:
+            wanted = function()
+            with native.allowed():
+                found = function()
+            assert "InC" not in str(wanted.grad_fn)
+            assert torch.allclose(found, wanted, atol=1e-5)
+            direction = torch.randn_like(wanted)
+            for a, b in zip(
+                torch.autograd.grad(found, inputs, direction),
+                torch.autograd.grad(wanted, inputs, direction),
+                strict=True,
+            ):
+                assert torch.allclose(a, b, atol=1e-5)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_compiler
+def test_recomputed_activations_are_computed_as_before() -> None:
+    model, x, _ = make("llama")
+    model.train()
+    gradients = []
+    for recompute in (False, True):
+        model.activation_checkpointing = recompute
+        with native.allowed():
+            loss = model(x).sum()
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    plain = torch.autograd.grad(model(x).sum(), list(model.parameters()))
+    for a, b in zip(plain, gradients[0], strict=True):
+        assert torch.allclose(a, b, atol=1e-3, rtol=1e-3)

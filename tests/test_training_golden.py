@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from chainrule.jobs import pretrain
+from chainrule.pipeline.models import native, native_train
 
 sys.path.insert(0, str(Path(__file__).parent))
 import pretrain_ranks as ranks
@@ -39,7 +40,8 @@ def machine() -> str:
     if info.exists():
         names = [x for x in info.read_text().splitlines() if x.startswith("model name")]
         cpu = names[0].split(":", 1)[1].strip() if names else cpu
-    return f"{cpu}, torch {torch.__version__}"
+    compiled = native.load(native_train.SOURCE) is not None
+    return f"{cpu}, torch {torch.__version__}, {'kernels in C' if compiled else 'no compiler'}"
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from chainrule.pipeline.models import native
 from chainrule.pipeline.models.contract import Autoregressive
 from chainrule.pipeline.models.registry import build
 
@@ -137,7 +138,12 @@ def _step_contestants(
         logits = twin(input_ids=inputs, use_cache=False).logits.float()
         return F.cross_entropy(logits.flatten(0, 1), x.flatten())
 
-    return run(model, lambda: -model(x).mean()), run(twin, their_loss)
+    @native.allowed()
+    def our_loss() -> Tensor:
+        loss: Tensor = -model(x).mean()
+        return loss
+
+    return run(model, our_loss), run(twin, their_loss)
 
 
 CURSORS: dict[str, Callable[[int], dict[str, Any]]] = {

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from chainrule.pipeline.models import native
 from chainrule.pipeline.models.contract import Autoregressive, Conditional, Cursor
 from chainrule.pipeline.models.decoder_config import PRESETS, DecoderConfig
 from chainrule.pipeline.models.heads import projection
@@ -29,7 +30,7 @@ from chainrule.pipeline.models.kernels import (
     RMSNorm,
     attention_bias,
     attention_is_written_out,
-    rotate,
+    split_heads,
     swiglu,
     written_out_attention,
 )
@@ -84,12 +85,8 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, rope: Tensor | None, attend: Attend) -> Tensor:
         batch, length, _ = x_BTD.shape
-        qkv = self.qkv(x_BTD).view(batch, length, -1, self.head_width)
-        if rope is None:
-            q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
-        else:
-            qk, v = qkv.split([self.heads + self.kv_heads, self.kv_heads], dim=2)
-            q, k = rotate(qk, rope).split([self.heads, self.kv_heads], dim=2)
+        qkv = self.qkv(x_BTD)
+        q, k, v = split_heads(qkv, rope, self.heads, self.kv_heads, self.head_width)
         y_BHTd = attend(self.layer, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         y: Tensor = self.output(y_BHTd.transpose(1, 2).reshape(batch, length, -1))
         return y
@@ -307,7 +304,9 @@ class Decoder(Autoregressive):
         kept = [h] if keep else []
         for block in self.blocks:
             if self.activation_checkpointing and self.training:
-                h = checkpoint(block, h, rope, attend, dropout, use_reentrant=False)
+                h = checkpoint(
+                    block, h, rope, attend, dropout, use_reentrant=False, context_fn=native.twice
+                )
             else:
                 h = block(h, rope, attend, dropout)
             if keep:

@@ -2,7 +2,8 @@
 
 Norm, rotation and SwiGLU have their gradients written out, in about half the passes over
 memory that autograd makes of the plain expressions: at the sizes that a CPU trains, those are
-as dear as the matrix products between them. In bf16 two kernels of torch's are replaced by
+as dear as the matrix products between them; where native.py has a compiler, each is one pass
+in C. In bf16 two kernels of torch's are replaced by
 better ones of its own: attention's backward pass, and products with few rows. Under
 `torch.compile` everything is the plain expression, which it fuses itself.
 """
@@ -13,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from chainrule.pipeline.models.native_train import RMSNormInC, SplitHeadsInC, SwiGLUInC, ready
 
 
 class RMSNorm(nn.Module):
@@ -26,7 +29,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # torch has one kernel for it without a gradient, and on a GPU with one, too.
         if x.device.type == "cpu" and _by_hand():
-            y: Tensor = _RMSNorm.apply(x, self.weight, self.epsilon)
+            by = RMSNormInC if ready(x) else _RMSNorm
+            y: Tensor = by.apply(x, self.weight, self.epsilon)
             return y
         return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
 
@@ -51,6 +55,22 @@ class _RMSNorm(torch.autograd.Function):
         along.div_(-x.shape[-1])
         by_x = torch.mul(gradient, weight).addcmul_(normed, along).mul_(scale)
         return by_x, by_weight, None
+
+
+def split_heads(
+    qkv: Tensor, rope: Tensor | None, heads: int, kv_heads: int, head_width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, T, (heads + 2 kv_heads) d) to q, k, v (B, T, its heads, d); q and k are turned."""
+    if rope is not None and _by_hand() and ready(qkv):
+        q, k, v = SplitHeadsInC.apply(qkv, rope, heads, kv_heads)
+        return q, k, v
+    qkv = qkv.unflatten(-1, (-1, head_width))
+    if rope is None:
+        q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=2)
+    else:
+        qk, v = qkv.split([heads + kv_heads, kv_heads], dim=2)
+        q, k = rotate(qk, rope).split([heads, kv_heads], dim=2)
+    return q, k, v
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
@@ -89,7 +109,7 @@ class _Rotation(torch.autograd.Function):
 def swiglu(gate_and_up: Tensor) -> Tensor:
     """silu(gate) * up of (..., 2F), the gate in the first half (Shazeer 2020, equation 6)."""
     if _by_hand():
-        y: Tensor = _SwiGLU.apply(gate_and_up)
+        y: Tensor = (SwiGLUInC if ready(gate_and_up) else _SwiGLU).apply(gate_and_up)
         return y
     gate, up = gate_and_up.chunk(2, dim=-1)
     return F.silu(gate) * up

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from chainrule.pipeline.models.contract import Conditional
 from chainrule.pipeline.models.cursors import CachedCursor
-from chainrule.pipeline.models.native import NativeSteps, steps_of
+from chainrule.pipeline.models.native_steps import NativeSteps, steps_of
 
 if TYPE_CHECKING:
     from chainrule.pipeline.models.decoder import Decoder

@@ -1,9 +1,8 @@
-"""Steps of generation in C, where there is a compiler: one call a token, not hundreds.
+"""Parts of the models in C, where there is a compiler: steps of generation, kernels of training.
 
-`native_step.c` is built once a machine, at the first step, and kept under `TORCH_EXTENSIONS_DIR`
-or the user's cache. Without a compiler, on a GPU, for layers of other kinds, outside `allowed()`
-and with CHAINRULE_NATIVE=0, generation goes through torch. Weights are read where they are, so
-that nothing is held twice; small vectors of a bfloat16 model are widened when a cursor is made.
+A source is built once a machine, when it is first wanted, and kept under `TORCH_EXTENSIONS_DIR`
+or the user's cache. Without a compiler, outside `allowed()`, and with CHAINRULE_NATIVE=0, torch
+does everything.
 
 Roundings differ from torch's in the last bits, so what has to give the same floats elsewhere
 (compression) does not ask for it.
@@ -17,35 +16,16 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
-from chainrule.pipeline.models.kernels import Linear
-
-if TYPE_CHECKING:
-    from chainrule.pipeline.models.decoder import Decoder
-
-SOURCE = Path(__file__).with_name("native_step.c")
-MOST_INPUTS = {"float32": 32, "bfloat16": 8, "int8": 8}
-"""Inputs in one call, by the kind of the weights: with more, torch's products are faster."""
-
-_WEIGHTS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-_NORMS = {"layernorm": 0, "rmsnorm": 1}
-_ACTIVATIONS = {"gelu": 0, "gelu-tanh": 1, "quick-gelu": 2, "swiglu": 3}
-_BLOCKS = {"sequential": 0, "parallel": 1, "parallel-two-norms": 2}
-
-_allowed: ContextVar[bool] = ContextVar("native steps", default=False)
+_allowed: ContextVar[bool] = ContextVar("native", default=False)
 
 
 @contextmanager
 def allowed() -> Iterator[None]:
-    """Cursors made inside may take their steps in C."""
+    """Inside, C may be used: by the steps of cursors made there, by training."""
     token = _allowed.set(True)
     try:
         yield
@@ -53,207 +33,33 @@ def allowed() -> Iterator[None]:
         _allowed.reset(token)
 
 
-class _Matrix(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("weight", "scale", "bias")]
+def is_allowed() -> bool:
+    return _allowed.get() and os.environ.get("CHAINRULE_NATIVE") != "0"
 
 
-class _Norm(ctypes.Structure):
-    _fields_ = [("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p)]
+def twice() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For `checkpoint`: what is recomputed in a backward pass goes the way it went before."""
+    return nullcontext(), allowed() if is_allowed() else nullcontext()
 
 
-class _Layer(ctypes.Structure):
-    _fields_ = [
-        *((name, _Norm) for name in ("attention_norm", "mlp_norm")),
-        *((name, _Matrix) for name in ("qkv", "attended", "mlp_in", "mlp_out")),
-    ]
+def load(source: Path) -> ctypes.CDLL | None:
+    """A source as a library, built where it is not yet; None without a compiler."""
+    path = _build(source)
+    return None if path is None else ctypes.CDLL(str(path))
 
 
-_SIZES = ("layers", "width", "heads", "kv_heads", "head_width", "mlp_width", "outputs", "slots")
-_KINDS = ("batch", "weights", "cached", "norm", "activation", "block")
-
-
-class _Model(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in (*_SIZES, *_KINDS)),
-        ("epsilon", ctypes.c_double),
-        ("layer", ctypes.POINTER(_Layer)),
-        ("final_norm", _Norm),
-        ("head", _Matrix),
-        *((name, ctypes.c_void_p) for name in ("rope", "keys", "values")),
-    ]
-
-
-class NativeSteps:
-    """A model's steps over one cache: keys and values (L, B, K, S, d)."""
-
-    def __init__(
-        self, library: ctypes.CDLL, model: "Decoder", keys: Tensor, values: Tensor
-    ) -> None:
-        config = model.config
-        self._step, self._scratch_size = library.step, library.scratch_size
-        self._held: list[Tensor] = [keys, values]
-        head = model.head
-        assert isinstance(head, nn.Module)
-        weight = _tensor(head, "weight")
-        self._layers = (_Layer * config.layers)()
-        for layer, block in zip(self._layers, model.blocks, strict=True):
-            modules: Any = block
-            layer.attention_norm = self._norm(modules.attention_norm)
-            if modules.mlp_norm is not None:
-                layer.mlp_norm = self._norm(modules.mlp_norm)
-            layer.qkv = self._matrix(modules.attention.qkv)
-            layer.attended = self._matrix(modules.attention.output)
-            layer.mlp_in = self._matrix(modules.mlp.input)
-            layer.mlp_out = self._matrix(modules.mlp.output)
-        self.rope = model.rope(0, config.context, torch.empty(0))  # float32
-        self.outputs = len(weight)
-        self.most = MOST_INPUTS[str(weight.dtype).removeprefix("torch.")]
-        self._model = _Model(
-            layers=config.layers,
-            width=config.width,
-            heads=config.heads,
-            kv_heads=config.kv_heads,
-            head_width=config.head_width,
-            mlp_width=config.mlp_width,
-            outputs=self.outputs,
-            slots=keys.shape[3],
-            batch=keys.shape[1],
-            weights=_WEIGHTS[weight.dtype],
-            cached=_WEIGHTS[keys.dtype],
-            norm=_NORMS[config.norm],
-            activation=_ACTIVATIONS[config.activation],
-            block=_BLOCKS[config.block],
-            epsilon=config.norm_epsilon,
-            layer=self._layers,
-            final_norm=self._norm(model.final_norm),
-            head=self._matrix(head),
-            rope=None if self.rope is None else self.rope.data_ptr(),
-            keys=keys.data_ptr(),
-            values=values.data_ptr(),
-        )
-        self._context = config.context
-        self._scratch = torch.empty(0)
-
-    def __call__(
-        self, h: Tensor, rows: list[int], positions: list[int], slots: list[int], held: list[int]
-    ) -> Tensor:
-        """h (M, D), embedded inputs, to (M, P) float32.
-
-        Input i belongs to row rows[i] of the cache, stands at positions[i], is kept in
-        slots[i] and sees the first held[i] slots.
-        """
-        inputs, threads = len(rows), torch.get_num_threads()
-        # A copy: the residual stream is added up in place.
-        h = h.to(torch.float32, copy=True).contiguous()
-        size = self._scratch_size(ctypes.byref(self._model), inputs, threads)
-        if self._scratch.numel() < size:
-            self._scratch = torch.empty(size)
-        logits = torch.empty(inputs, self.outputs)
-        numbers = ctypes.c_int64 * inputs
-        self._step(
-            ctypes.byref(self._model),
-            inputs,
-            threads,
-            numbers(*rows),
-            numbers(*positions),
-            numbers(*slots),
-            numbers(*held),
-            self._context,
-            h.data_ptr(),
-            self._scratch.data_ptr(),
-            logits.data_ptr(),
-        )
-        return logits
-
-    def _norm(self, norm: nn.Module) -> _Norm:
-        return _Norm(self._vector(norm.weight), self._vector(getattr(norm, "bias", None)))
-
-    def _matrix(self, layer: nn.Module) -> _Matrix:
-        weight = _tensor(layer, "weight")
-        self._held.append(weight)
-        return _Matrix(
-            weight.data_ptr(),
-            self._vector(getattr(layer, "scale", None)),
-            self._vector(layer.bias),
-        )
-
-    def _vector(self, vector: Any) -> int | None:
-        """Where float32 numbers of a small tensor lie."""
-        if vector is None:
-            return None
-        kept = vector.detach().float().contiguous()
-        self._held.append(kept)
-        return int(kept.data_ptr())
-
-
-def _tensor(module: nn.Module, name: str) -> Tensor:
-    found: Any = getattr(module, name)
-    return found.detach()  # type: ignore[no-any-return]
-
-
-def steps_of(model: "Decoder", keys: Tensor, values: Tensor) -> NativeSteps | None:
-    """Steps in C over this cache, None where they are not to be had (see the head of the file)."""
-    if not _allowed.get() or os.environ.get("CHAINRULE_NATIVE") == "0":
-        return None
-    if keys.device.type != "cpu" or keys.dtype not in (torch.float32, torch.bfloat16):
-        return None
-    if torch.is_autocast_enabled("cpu"):
-        return None
-    if not _plain(model, keys.dtype):
-        return None
-    library = load()
-    return None if library is None else NativeSteps(library, model, keys, values)
-
-
-def _plain(model: "Decoder", dtype: torch.dtype) -> bool:
-    """Whether every matrix is what the C code takes it for."""
-    kinds = set()
-    for block in model.blocks:
-        modules: Any = block
-        layers = (
-            modules.attention.qkv,
-            modules.attention.output,
-            modules.mlp.input,
-            modules.mlp.output,
-            model.head,
-        )
-        for layer in layers:
-            weight = getattr(layer, "weight", None)
-            quantised = isinstance(weight, Tensor) and weight.dtype == torch.int8
-            known = type(layer) in (nn.Linear, Linear) or (quantised and hasattr(layer, "scale"))
-            if not known or not isinstance(weight, Tensor) or not weight.is_contiguous():
-                return False
-            if layer._forward_hooks or layer._forward_pre_hooks:
-                return False
-            kinds.add(weight.dtype)
-    return kinds == {dtype} or kinds == {torch.int8}
-
-
-@cache
-def load() -> ctypes.CDLL | None:
-    """The C code, built where it is not yet; None without a compiler."""
-    path = _build()
-    if path is None:
-        return None
-    library = ctypes.CDLL(str(path))
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    library.scratch_size.argtypes = [pointer, number, number]
-    library.scratch_size.restype = number
-    library.step.argtypes = [pointer, number, number, *[pointer] * 4, number, *[pointer] * 3]
-    library.step.restype = None
-    return library
-
-
-def _build() -> Path | None:
+def _build(source: Path) -> Path | None:
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
     if compiler is None:
         return None
     # A home that machines share: what was built for one must not run on another.
-    digest = hashlib.sha256(SOURCE.read_bytes())
+    digest = hashlib.sha256(source.read_bytes())
+    for header in sorted(source.parent.glob("*.h")):
+        digest.update(header.read_bytes())
     digest.update(f"{compiler} {platform.machine()} {_processor()}".encode())
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
     folder = Path(root) if root else _cache_folder()
-    path = folder / f"chainrule-step-{digest.hexdigest()[:16]}.so"
+    path = folder / f"{source.stem}-{digest.hexdigest()[:16]}.so"
     if path.exists():
         return path
     flags = ["-O3", "-march=native", "-fPIC", "-shared", "-std=gnu11"]
@@ -261,8 +67,8 @@ def _build() -> Path | None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as work:
             built = Path(work) / path.name
-            for more in (["-fopenmp"], []):  # one thread where there is no OpenMP
-                command = [compiler, *flags, *more, str(SOURCE), "-o", str(built), "-lm"]
+            for more in (["-fopenmp"], ["-fopenmp-simd"]):  # one thread where there is no OpenMP
+                command = [compiler, *flags, *more, str(source), "-o", str(built), "-lm"]
                 if subprocess.run(command, capture_output=True).returncode == 0:
                     built.replace(path)  # whole or not at all: others may be building it too
                     return path

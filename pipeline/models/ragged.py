@@ -14,7 +14,7 @@ from torch import Tensor
 from chainrule.pipeline.models.contract import Conditional
 from chainrule.pipeline.models.decoder import Decoder
 from chainrule.pipeline.models.kv_cache import grouped_attention
-from chainrule.pipeline.models.native import steps_of
+from chainrule.pipeline.models.native_steps import steps_of
 
 
 class RaggedCursor:

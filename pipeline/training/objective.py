@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from chainrule.pipeline.config import RequestError
 from chainrule.pipeline.data.batches import Batch
+from chainrule.pipeline.models import native
 from chainrule.pipeline.models.contract import Autoregressive
 
 
@@ -36,6 +37,7 @@ class Objective:
                 raise RequestError("z_loss needs a model with a linear head of logits")
             head.register_forward_hook(self._keep_logits)
 
+    @native.allowed()
     def __call__(self, wrapped: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         arguments: dict[str, Any] = {}
         if self.conditioned and batch.cond is not None:

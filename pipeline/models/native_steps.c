@@ -6,7 +6,7 @@
    however many inputs go together.
 
    Legend: M inputs, D width, H heads, K key/value heads, d width of a head, F of the MLP,
-   P numbers a conditional, S slots of the cache, L layers. Built by native.py. */
+   P numbers a conditional, S slots of the cache, L layers. Called by native_steps.py. */
 
 #include <math.h>
 #include <stdint.h>
@@ -17,19 +17,15 @@
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
+#include "native_vectors.h"
 
-typedef float floats __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t ints __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint16_t halves __attribute__((vector_size(32), aligned(2), may_alias));
-typedef int8_t bytes __attribute__((vector_size(16), aligned(1), may_alias));
-#define INLINE static inline __attribute__((always_inline))
 
 enum { FLOAT32, BFLOAT16, INT8 };                     /* of weights; the cache is never INT8 */
 enum { LAYERNORM, RMSNORM };
 enum { GELU, GELU_TANH, QUICK_GELU, SWIGLU };
 enum { SEQUENTIAL, PARALLEL, PARALLEL_TWO_NORMS };
 
-/* Layouts are those of native.py. A scale is of INT8 weights only; biases may be missing. */
+/* Layouts are those of native_steps.py. A scale is of INT8 weights only; biases may be missing. */
 typedef struct { const void *weight; const float *scale, *bias; } Matrix;
 typedef struct { const float *weight, *bias; } Norm;
 typedef struct { Norm attention_norm, mlp_norm; Matrix qkv, attended, mlp_in, mlp_out; } Layer;
@@ -64,8 +60,13 @@ INLINE floats load(const void *x, int64_t i, int kind) {
         halves h = *(const halves *)((const uint16_t *)x + i);
         return (floats)(__builtin_convertvector(h, ints) << 16);
     }
+#ifdef __AVX512F__
+    __m128i b = _mm_loadu_si128((const __m128i *)((const int8_t *)x + i));
+    return (floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(b));
+#else
     bytes b = *(const bytes *)((const int8_t *)x + i);
     return __builtin_convertvector(b, floats);
+#endif
 }
 
 INLINE float load_one(const void *x, int64_t i, int kind) {
@@ -86,27 +87,6 @@ INLINE float sum(floats x) {
         for (int i = 0; i < half; i++) y[i] += y[i + half];
     return y[0];
 #endif
-}
-
-/* e^x within 2 units in the last place: Cody and Waite's reduction, a polynomial of degree 6. */
-INLINE floats exponential(floats x) {
-    const floats magic = (floats){0} + 12582912.0f, zero = {0};
-    ints low = x < -87.0f, high = x > 88.0f;
-    x = (floats)(((ints)x & ~low) | ((ints)(zero - 87.0f) & low));
-    x = (floats)(((ints)x & ~high) | ((ints)(zero + 88.0f) & high));
-    floats n = x * 1.44269504f + magic;
-    ints k = ((ints)n - (ints)magic) << 23;
-    n -= magic;
-    floats r = x - n * 0.693359375f;
-    r += n * 2.12194440e-4f;
-    floats y = (floats){0} + 1.9875691500e-4f;
-    y = y * r + 1.3981999507e-3f;
-    y = y * r + 8.3334519073e-3f;
-    y = y * r + 4.1665795894e-2f;
-    y = y * r + 1.6666665459e-1f;
-    y = y * r + 5.0000001201e-1f;
-    y = y * (r * r) + r + 1.0f;
-    return (floats)((ints)y + k);
 }
 
 INLINE float exponential_one(float x) { return exponential((floats){x})[0]; }

@@ -1,0 +1,219 @@
+"""A cursor's steps in C (native_steps.c): one call a token, not hundreds of operations.
+
+For layers of other kinds, on a GPU, and wherever native.py gives no library, generation goes
+through torch. Weights are read where they are, so that nothing is held twice; small vectors of
+a bfloat16 model are widened when a cursor is made.
+"""
+
+import ctypes
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from chainrule.pipeline.models import native
+from chainrule.pipeline.models.kernels import Linear
+
+if TYPE_CHECKING:
+    from chainrule.pipeline.models.decoder import Decoder
+
+SOURCE = Path(__file__).with_suffix(".c")
+MOST_INPUTS = {"float32": 32, "bfloat16": 8, "int8": 8}
+"""Inputs in one call, by the kind of the weights: with more, torch's products are faster."""
+
+_WEIGHTS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+_NORMS = {"layernorm": 0, "rmsnorm": 1}
+_ACTIVATIONS = {"gelu": 0, "gelu-tanh": 1, "quick-gelu": 2, "swiglu": 3}
+_BLOCKS = {"sequential": 0, "parallel": 1, "parallel-two-norms": 2}
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("weight", "scale", "bias")]
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = [("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p)]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, _Norm) for name in ("attention_norm", "mlp_norm")),
+        *((name, _Matrix) for name in ("qkv", "attended", "mlp_in", "mlp_out")),
+    ]
+
+
+_SIZES = ("layers", "width", "heads", "kv_heads", "head_width", "mlp_width", "outputs", "slots")
+_KINDS = ("batch", "weights", "cached", "norm", "activation", "block")
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in (*_SIZES, *_KINDS)),
+        ("epsilon", ctypes.c_double),
+        ("layer", ctypes.POINTER(_Layer)),
+        ("final_norm", _Norm),
+        ("head", _Matrix),
+        *((name, ctypes.c_void_p) for name in ("rope", "keys", "values")),
+    ]
+
+
+class NativeSteps:
+    """A model's steps over one cache: keys and values (L, B, K, S, d)."""
+
+    def __init__(
+        self, library: ctypes.CDLL, model: "Decoder", keys: Tensor, values: Tensor
+    ) -> None:
+        config = model.config
+        self._step, self._scratch_size = library.step, library.scratch_size
+        self._held: list[Tensor] = [keys, values]
+        head = model.head
+        assert isinstance(head, nn.Module)
+        weight = _tensor(head, "weight")
+        self._layers = (_Layer * config.layers)()
+        for layer, block in zip(self._layers, model.blocks, strict=True):
+            modules: Any = block
+            layer.attention_norm = self._norm(modules.attention_norm)
+            if modules.mlp_norm is not None:
+                layer.mlp_norm = self._norm(modules.mlp_norm)
+            layer.qkv = self._matrix(modules.attention.qkv)
+            layer.attended = self._matrix(modules.attention.output)
+            layer.mlp_in = self._matrix(modules.mlp.input)
+            layer.mlp_out = self._matrix(modules.mlp.output)
+        self.rope = model.rope(0, config.context, torch.empty(0))  # float32
+        self.outputs = len(weight)
+        self.most = MOST_INPUTS[str(weight.dtype).removeprefix("torch.")]
+        self._model = _Model(
+            layers=config.layers,
+            width=config.width,
+            heads=config.heads,
+            kv_heads=config.kv_heads,
+            head_width=config.head_width,
+            mlp_width=config.mlp_width,
+            outputs=self.outputs,
+            slots=keys.shape[3],
+            batch=keys.shape[1],
+            weights=_WEIGHTS[weight.dtype],
+            cached=_WEIGHTS[keys.dtype],
+            norm=_NORMS[config.norm],
+            activation=_ACTIVATIONS[config.activation],
+            block=_BLOCKS[config.block],
+            epsilon=config.norm_epsilon,
+            layer=self._layers,
+            final_norm=self._norm(model.final_norm),
+            head=self._matrix(head),
+            rope=None if self.rope is None else self.rope.data_ptr(),
+            keys=keys.data_ptr(),
+            values=values.data_ptr(),
+        )
+        self._context = config.context
+        self._scratch = torch.empty(0)
+
+    def __call__(
+        self, h: Tensor, rows: list[int], positions: list[int], slots: list[int], held: list[int]
+    ) -> Tensor:
+        """h (M, D), embedded inputs, to (M, P) float32.
+
+        Input i belongs to row rows[i] of the cache, stands at positions[i], is kept in
+        slots[i] and sees the first held[i] slots.
+        """
+        inputs, threads = len(rows), torch.get_num_threads()
+        # A copy: the residual stream is added up in place.
+        h = h.to(torch.float32, copy=True).contiguous()
+        size = self._scratch_size(ctypes.byref(self._model), inputs, threads)
+        if self._scratch.numel() < size:
+            self._scratch = torch.empty(size)
+        logits = torch.empty(inputs, self.outputs)
+        numbers = ctypes.c_int64 * inputs
+        self._step(
+            ctypes.byref(self._model),
+            inputs,
+            threads,
+            numbers(*rows),
+            numbers(*positions),
+            numbers(*slots),
+            numbers(*held),
+            self._context,
+            h.data_ptr(),
+            self._scratch.data_ptr(),
+            logits.data_ptr(),
+        )
+        return logits
+
+    def _norm(self, norm: nn.Module) -> _Norm:
+        return _Norm(self._vector(norm.weight), self._vector(getattr(norm, "bias", None)))
+
+    def _matrix(self, layer: nn.Module) -> _Matrix:
+        weight = _tensor(layer, "weight")
+        self._held.append(weight)
+        return _Matrix(
+            weight.data_ptr(),
+            self._vector(getattr(layer, "scale", None)),
+            self._vector(layer.bias),
+        )
+
+    def _vector(self, vector: Any) -> int | None:
+        """Where float32 numbers of a small tensor lie."""
+        if vector is None:
+            return None
+        kept = vector.detach().float().contiguous()
+        self._held.append(kept)
+        return int(kept.data_ptr())
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor:
+    found: Any = getattr(module, name)
+    return found.detach()  # type: ignore[no-any-return]
+
+
+def steps_of(model: "Decoder", keys: Tensor, values: Tensor) -> NativeSteps | None:
+    """Steps in C over this cache, None where they are not to be had (see the head of the file)."""
+    if not native.is_allowed():
+        return None
+    if keys.device.type != "cpu" or keys.dtype not in (torch.float32, torch.bfloat16):
+        return None
+    if torch.is_autocast_enabled("cpu"):
+        return None
+    if not _plain(model, keys.dtype):
+        return None
+    library = load()
+    return None if library is None else NativeSteps(library, model, keys, values)
+
+
+def _plain(model: "Decoder", dtype: torch.dtype) -> bool:
+    """Whether every matrix is what the C code takes it for."""
+    kinds = set()
+    for block in model.blocks:
+        modules: Any = block
+        layers = (
+            modules.attention.qkv,
+            modules.attention.output,
+            modules.mlp.input,
+            modules.mlp.output,
+            model.head,
+        )
+        for layer in layers:
+            weight = getattr(layer, "weight", None)
+            quantised = isinstance(weight, Tensor) and weight.dtype == torch.int8
+            known = type(layer) in (nn.Linear, Linear) or (quantised and hasattr(layer, "scale"))
+            if not known or not isinstance(weight, Tensor) or not weight.is_contiguous():
+                return False
+            if layer._forward_hooks or layer._forward_pre_hooks:
+                return False
+            kinds.add(weight.dtype)
+    return kinds == {dtype} or kinds == {torch.int8}
+
+
+@cache
+def load() -> ctypes.CDLL | None:
+    """The C code, None where it cannot be built."""
+    library = native.load(SOURCE)
+    if library is None:
+        return None
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    library.scratch_size.argtypes = [pointer, number, number]
+    library.scratch_size.restype = number
+    library.step.argtypes = [pointer, number, number, *[pointer] * 4, number, *[pointer] * 3]
+    library.step.restype = None
+    return library

@@ -1,0 +1,150 @@
+"""Kernels of training in C (native_train.c), with their gradients; float32 on a CPU.
+
+`ready` says whether they may be used; the callers are in kernels.py, where torch's way stands
+beside them.
+"""
+
+import ctypes
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from chainrule.pipeline.models import native
+
+SOURCE = Path(__file__).with_suffix(".c")
+PARTS = 16
+"""Blocks of rows that a gradient is summed in: fixed, so that threads do not change it."""
+
+
+@cache
+def _library() -> Any:
+    library: Any = native.load(SOURCE)
+    if library is None:
+        return None
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    counts = {
+        # numbers, then pointers (an epsilon between them)
+        "swiglu": (3, 2),
+        "swiglu_backward": (3, 3),
+        "rms_norm_backward": (4, 6),
+        "split_heads": (6, 5),
+        "join_heads": (6, 6),
+    }
+    for name, (numbers, pointers) in counts.items():
+        function = getattr(library, name)
+        function.argtypes = [number] * numbers + [pointer] * pointers
+        function.restype = None
+    library.rms_norm.argtypes = [number] * 3 + [ctypes.c_double] + [pointer] * 4
+    library.rms_norm.restype = None
+    return library
+
+
+def ready(x: Tensor) -> bool:
+    """Whether gradients of `x` may go through C."""
+    return (
+        x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and native.is_allowed()
+        and not torch.is_autocast_enabled("cpu")
+        and _library() is not None
+    )
+
+
+class RMSNormInC(torch.autograd.Function):
+    """x (..., n), weight (n)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        x = x.contiguous()
+        n = x.shape[-1]
+        y, scale = torch.empty_like(x), torch.empty(x.numel() // n)
+        _library().rms_norm(
+            len(scale), n, torch.get_num_threads(), epsilon, *_at(x, weight, scale, y)
+        )
+        ctx.save_for_backward(x, weight, scale)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        n = x.shape[-1]
+        by_x, by_weight = torch.empty_like(x), torch.empty(PARTS + 1, n)
+        _library().rms_norm_backward(
+            len(scale),
+            n,
+            torch.get_num_threads(),
+            PARTS,
+            *_at(gradient, x, weight, scale, by_x, by_weight),
+        )
+        return by_x, by_weight[0], None
+
+
+class SwiGLUInC(torch.autograd.Function):
+    """gate_and_up (..., 2n) to (..., n)."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_and_up: Tensor) -> Tensor:
+        gate_and_up = gate_and_up.contiguous()
+        n = gate_and_up.shape[-1] // 2
+        y = torch.empty(*gate_and_up.shape[:-1], n)
+        _library().swiglu(y.numel() // n, n, torch.get_num_threads(), *_at(gate_and_up, y))
+        ctx.save_for_backward(gate_and_up)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (gate_and_up,) = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        n = gradient.shape[-1]
+        result = torch.empty_like(gate_and_up)
+        _library().swiglu_backward(
+            gradient.numel() // n,
+            n,
+            torch.get_num_threads(),
+            *_at(gradient, gate_and_up, result),
+        )
+        return result
+
+
+class SplitHeadsInC(torch.autograd.Function):
+    """qkv (B, T, (H + 2K) d) to q (B, T, H, d), k and v (B, T, K, d); q and k turned by `rope`
+    (2, T, 1, d)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, rope: Tensor, heads: int, kv_heads: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        qkv, rope = qkv.contiguous(), rope.contiguous()
+        batch, length, _ = qkv.shape
+        width = rope.shape[-1]
+        q = torch.empty(batch, length, heads, width)
+        k, v = (torch.empty(batch, length, kv_heads, width) for _ in range(2))
+        sizes = (batch, length, heads, kv_heads, width)
+        _library().split_heads(*sizes, torch.get_num_threads(), *_at(rope, qkv, q, k, v))
+        ctx.save_for_backward(rope)
+        ctx.sizes = sizes
+        return q, k, v
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None, None, None]:
+        (rope,) = ctx.saved_tensors
+        batch, length, heads, kv_heads, width = ctx.sizes
+        q, k, v = (g if g.stride(-1) == 1 else g.contiguous() for g in (q, k, v))
+        strides = (ctypes.c_int64 * 9)(*(s for g in (q, k, v) for s in g.stride()[:3]))
+        result = torch.empty(batch, length, (heads + 2 * kv_heads) * width)
+        _library().join_heads(
+            *ctx.sizes, torch.get_num_threads(), *_at(rope, q, k, v), strides, *_at(result)
+        )
+        return result, None, None, None
+
+
+def _at(*tensors: Tensor) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
