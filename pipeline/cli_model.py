@@ -74,6 +74,10 @@ def sample(
     top_k: Annotated[int | None, typer.Option()] = None,
     top_p: Annotated[float | None, typer.Option()] = None,
     seed: Annotated[int | None, typer.Option()] = None,
+    draft: Annotated[
+        Path | None,
+        typer.Option(help="A smaller model of the same tokens (`distill`) that runs ahead."),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for the store, pictures and texts.")
     ] = None,
@@ -95,12 +99,12 @@ def sample(
     config = settings("sample", values, overrides)
     modality = Artifact.bare(model).card.get("modality")
     if out is None and modality == "text":
-        _stream(job, model, config, n or max(len(prompts), 1))
+        _stream(job, model, draft, config, n or max(len(prompts), 1))
         return
     folder = new_folder(out if out is not None else Path("samples"))
     with tempfile.TemporaryDirectory(dir=_parent(folder), prefix=".sample-") as temporary:
         working = Path(temporary) / "out"
-        job.main(config, stage_for("sample", working, {"model": model}))
+        job.main(config, stage_for("sample", working, {"model": model, "draft": draft}))
         if folder.exists():
             folder.rmdir()
         working.rename(folder)
@@ -114,12 +118,14 @@ def _parent(folder: Path) -> Path:
     return parent
 
 
-def _stream(job: Any, model: Path, config: Any, number: int) -> None:
+def _stream(job: Any, model: Path, draft: Path | None, config: Any, number: int) -> None:
     """Text samples one after another, each piece as it comes."""
     from chainrule.pipeline.sampling.text import stream
 
     source = job.open_source(model, config.device, config.dtype)
     request = job.settle(config, source)
+    given = None if draft is None else Artifact.bare(draft)
+    drafting = job.open_draft(config, source, given)
     for i in range(number):
         if i:
             typer.echo("\n" + "─" * 40)
@@ -135,6 +141,8 @@ def _stream(job: Any, model: Path, config: Any, number: int) -> None:
             config.seed,
             config.stop,
             index=i,
+            draft=drafting,
+            gamma=config.gamma,
         ):
             sys.stdout.write(piece)
             sys.stdout.flush()

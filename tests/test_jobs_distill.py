@@ -5,12 +5,15 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from chainrule.jobs import distill
 from chainrule.jobs.distill import Config, main
 from chainrule.pipeline import build, load
-from chainrule.pipeline.artifact import Artifact
+from chainrule.pipeline.artifact import Artifact, LineageError
+from chainrule.pipeline.cli_model import app
 from chainrule.pipeline.models.folder import save
+from chainrule.pipeline.sampling import speculative
 from chainrule.pipeline.sampling.distillation import Rows, divergence, new_draft
 from chainrule.pipeline.sampling.sampler import SamplingError
 from chainrule.pipeline.stage import Stage
@@ -134,3 +137,41 @@ def test_a_fresh_draft_shares_what_an_element_is(teacher: Path) -> None:
         new_draft(model, 5, None, 0)
     with pytest.raises(SamplingError, match="did you mean 'width'"):
         new_draft(model, None, {"family": "gpt2", "layers": 1, "heads": 1, "widht": 8}, 0)
+
+
+def test_the_command_line_takes_a_draft(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`chainrule sample --draft`: greedy text is the model's own, streamed and in files."""
+    main(Config(**{**SETTINGS, "steps": 3, "own_samples": 8}), stage_for(tmp_path / "d", teacher))
+    rounds: list[int] = []
+    plain_round = speculative._Run.round
+
+    def counted(run: Any) -> None:
+        rounds.append(1)
+        plain_round(run)
+
+    monkeypatch.setattr(speculative._Run, "round", counted)
+    asked = ["sample", str(teacher), "--prompt", "ab", "--length", "12", "--temperature", "0"]
+    runner = CliRunner()
+    plain = runner.invoke(app, asked)
+    assert plain.exit_code == 0
+    assert not rounds
+    with_draft = [*asked, "--draft", str(tmp_path / "d"), "--set", "gamma.adapt=false"]
+    drafted = runner.invoke(app, with_draft)
+    assert drafted.exit_code == 0
+    assert drafted.output == plain.output
+    assert rounds
+    rounds.clear()
+    written = runner.invoke(app, [*with_draft, "--out", str(tmp_path / "out"), "--n", "2"])
+    assert written.exit_code == 0
+    assert rounds
+    text = (tmp_path / "out" / "text" / "00000.txt").read_text(errors="replace")
+    assert text.strip() in plain.output
+
+    other = build({"family": "llama", "layers": 1, **SHAPE}, seed=0)
+    card = {key: Artifact.bare(teacher).card[key] for key in ("modality", "vocabulary")}
+    save(other, tmp_path / "o", {**card, "tokenizer": {"kind": "bytes", "fingerprint": "x"}})
+    refused = runner.invoke(app, [*asked, "--draft", str(tmp_path / "o")])
+    assert isinstance(refused.exception, LineageError)
+    assert "tokenizers of model and draft" in str(refused.exception)

@@ -17,7 +17,7 @@ independent. A row is therefore the same whatever rows stand beside it.
 Legend: B rows, g drafted elements (gamma), W = g + 1 columns of a call, V tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -152,6 +152,23 @@ def speculate(
     while run.alive.any():
         run.round()
     return run.result(), run.statistics
+
+
+@torch.no_grad()
+def speculated(
+    model: Autoregressive, draft: Draft, plan: Plan, rules: Rules, gamma: Gamma
+) -> Iterator[list[int]]:
+    """The elements of a plan of one row as rounds settle them, without its prompt."""
+    check(model, plan, rules)
+    run = _Run(model, draft, plan, rules, gamma)
+    run.read_prompts()
+    shown = run.prompt_lengths[0]
+    while True:
+        yield run.settled[0][shown:]
+        shown = len(run.settled[0])
+        if not run.alive.any():
+            return
+        run.round()
 
 
 class _Run:

@@ -4,14 +4,16 @@ A tokenizer is anything with `decode([ids]) -> [str]`; this room knows no more o
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 
 from chainrule.pipeline.models.contract import Autoregressive
+from chainrule.pipeline.sampling.drafts import Draft
 from chainrule.pipeline.sampling.sampler import Plan, Rules, pack_prompts, steps
+from chainrule.pipeline.sampling.speculative import Gamma, speculated
 from chainrule.pipeline.sampling.uniforms import sample_seeds
 
 TAIL = 32
@@ -50,8 +52,12 @@ def stream(
     seed: int = 0,
     stop: Sequence[str] = (),
     index: int = 0,
+    draft: Draft | None = None,
+    gamma: Gamma | None = None,
 ) -> Iterator[str]:
     """Pieces of one sample's text as its tokens are drawn, the prompt left out.
+
+    With a draft they are drawn by speculation, some at a time.
 
     The pieces joined are the text that `sample` writes for its sample `index`. A token that ends
     inside a character (byte pieces) is held back until the character is whole; text that may
@@ -71,22 +77,31 @@ def stream(
     shown = len(prompt_text)
     held = max((len(s) for s in stop), default=1) - 1
     text = prompt_text
-    with torch.no_grad():
-        for step in steps(model, plan, rules):
-            if step.position < len(prompt):
-                continue
-            token = int(step.x[0])
-            if token in rules.end:
-                break
-            tokens.append(token)
-            text = tokenizer.decode([np.asarray(tokens)])[0]
-            stopped = cut_at(text, stop, len(prompt_text))
-            if stopped != text:
-                text = stopped
-                break
-            whole = text.rstrip("�")
-            if len(whole) - held > shown:
-                yield whole[shown : len(whole) - held]
-                shown = len(whole) - held
+    if draft is None:
+        drawn = _drawn(model, plan, rules)
+    else:
+        rounds = speculated(model, draft, plan, rules, gamma or Gamma())
+        drawn = itertools.chain.from_iterable(rounds)
+    for token in drawn:
+        if token in rules.end:
+            break
+        tokens.append(token)
+        text = tokenizer.decode([np.asarray(tokens)])[0]
+        stopped = cut_at(text, stop, len(prompt_text))
+        if stopped != text:
+            text = stopped
+            break
+        whole = text.rstrip("�")
+        if len(whole) - held > shown:
+            yield whole[shown : len(whole) - held]
+            shown = len(whole) - held
     if len(text) > shown:
         yield text[shown:]
+
+
+def _drawn(model: Autoregressive, plan: Plan, rules: Rules) -> Iterator[int]:
+    """The tokens of a plan of one row, one after another, without its prompt."""
+    first = plan.common_prefix
+    for step in steps(model, plan, rules):
+        if step.position >= first:
+            yield int(step.x[0])
