@@ -37,12 +37,8 @@ def test_coordinates_move_alike_at_every_width() -> None:
     assert plain[-1] / plain[0] > 2.5, plain
 
 
-def test_at_its_base_width_a_model_is_what_it_was() -> None:
+def test_at_its_base_width_rates_are_what_they_were() -> None:
     with_base, without = transfer.decoder(64, 64), transfer.decoder(64, None)
-    for (name, a), (_, b) in zip(
-        with_base.state_dict().items(), without.state_dict().items(), strict=True
-    ):
-        assert torch.equal(a, b), name
     settings = OptimizerSettings()
     for a, b in zip(
         parameter_groups(with_base, settings), parameter_groups(without, settings), strict=True

@@ -30,6 +30,7 @@ from chainrule.pipeline.models.kernels import (
     RMSNorm,
     attention_bias,
     attention_is_written_out,
+    quick_gelu,
     split_heads,
     swiglu,
     written_out_attention,
@@ -107,7 +108,7 @@ class MLP(nn.Module):
         if self.activation == "swiglu":
             h = swiglu(h)
         elif self.activation == "quick-gelu":
-            h = h * torch.sigmoid(1.702 * h)
+            h = quick_gelu(h)
         else:
             h = F.gelu(h, approximate="tanh" if self.activation == "gelu-tanh" else "none")
         y: Tensor = self.output(h)
@@ -206,8 +207,8 @@ class Decoder(Autoregressive):
 
     def _initialise(self) -> None:
         """GPT-2's: N(0, 0.02), what is added to the residual stream by 1/sqrt(2 layers) less
-        (Radford et al. 2019, section 2.3). With a `base_width`, matrices of the network shrink
-        with the width as µP wants it (Yang et al. 2022, table 3)."""
+        (Radford et al. 2019, section 2.3). With a `base_width`, matrices of the network have
+        deviation 1/sqrt(inputs), as µP wants it (Yang et al. 2022, table 3)."""
         width, base = self.config.width, self.config.base_width or self.config.width
         if base != width:
             with torch.no_grad():
@@ -219,9 +220,11 @@ class Decoder(Autoregressive):
                 nn.init.zeros_(parameter)
             elif parameter.dim() == 2 or name == "start":
                 residual = name.endswith("output.weight")
-                std = 0.02 / math.sqrt(2 * self.config.layers) if residual else 0.02
-                if name.startswith("blocks."):
-                    std *= math.sqrt(base / width)
+                std = 0.02
+                if self.config.base_width is not None and name.startswith("blocks."):
+                    std = parameter.shape[1] ** -0.5
+                if residual:
+                    std /= math.sqrt(2 * self.config.layers)
                 nn.init.normal_(parameter, std=std)
         if self.config.vocabulary_size is None:
             # One number has to fill the whole width: as wide as a table's row would be, it
