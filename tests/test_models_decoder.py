@@ -11,6 +11,7 @@ from chainrule.pipeline.models.decoder import Decoder
 from chainrule.pipeline.models.kernels import (
     Linear,
     RMSNorm,
+    quick_gelu,
     rotate,
     swiglu,
     written_out_attention,
@@ -185,6 +186,7 @@ def test_gradients_by_hand_are_those_of_autograd() -> None:
         (norm(x), F.rms_norm(x, (8,), norm.weight, 1e-5), [x, norm.weight]),
         (rotate(heads, rope), plain_rotation(heads), [heads]),
         (swiglu(x), plain_swiglu(x), [x]),
+        (quick_gelu(x), x * torch.sigmoid(1.702 * x), [x]),
     ]
     for ours, theirs, inputs in pairs:
         assert torch.allclose(ours, theirs, atol=1e-12)

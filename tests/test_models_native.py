@@ -9,7 +9,7 @@ import torch
 from chainrule.pipeline import build
 from chainrule.pipeline.models import native, native_steps
 from chainrule.pipeline.models.decoder import Decoder
-from chainrule.pipeline.models.kernels import RMSNorm, split_heads, swiglu
+from chainrule.pipeline.models.kernels import RMSNorm, quick_gelu, split_heads, swiglu
 from chainrule.pipeline.models.kv_cache import DecoderCursor
 from chainrule.pipeline.models.ragged import RaggedCursor
 from chainrule.pipeline.sampling.int8 import quantise
@@ -204,6 +204,7 @@ def test_kernels_of_training_and_their_gradients(width: int, threads: int) -> No
     cases: list[tuple[Any, list[torch.Tensor]]] = [
         (lambda: norm(x[..., ::2]), [x, norm.weight]),
         (lambda: swiglu(x), [x]),
+        (lambda: quick_gelu(x), [x]),
         (lambda: attend(qkv), [qkv]),
     ]
     before = torch.get_num_threads()

@@ -15,7 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from chainrule.pipeline.models.native_train import RMSNormInC, SplitHeadsInC, SwiGLUInC, ready
+from chainrule.pipeline.models.native_train import (
+    QuickGELUInC,
+    RMSNormInC,
+    SplitHeadsInC,
+    SwiGLUInC,
+    ready,
+)
 
 
 class RMSNorm(nn.Module):
@@ -133,6 +139,31 @@ class _SwiGLU(torch.autograd.Function):
         torch.mul(gradient, opened, out=by_up)
         torch.ops.aten.silu_backward.grad_input(gradient * up, gate, grad_input=by_gate)
         return result
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x): Hendrycks & Gimpel 2016, section 2, as ImageGPT has it."""
+    if _by_hand():
+        y: Tensor = (QuickGELUInC if ready(x) else _QuickGELU).apply(x)
+        return y
+    return x * torch.sigmoid(1.702 * x)
+
+
+class _QuickGELU(torch.autograd.Function):
+    """silu(1.702 x) / 1.702, whose derivative is that of silu at 1.702 x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        scaled = 1.702 * x
+        ctx.save_for_backward(scaled)
+        return F.silu(scaled).div_(1.702)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (scaled,) = ctx.saved_tensors
+        by_x: Tensor = torch.ops.aten.silu_backward(gradient, scaled)
+        return by_x
 
 
 class Linear(nn.Linear):

@@ -1,4 +1,4 @@
-/* RMSNorm, SwiGLU and rotary positions with their gradients, each in one pass over memory, in
+/* RMSNorm, SwiGLU, ImageGPT's GELU and rotary positions with their gradients, each in one pass over memory, in
    float32 on the CPU. What they say is written out in kernels.py. Called by native_train.py. */
 
 #include <math.h>
@@ -95,6 +95,29 @@ void swiglu_backward(int64_t rows, int64_t n, int64_t threads, const float *grad
             put(by_gate + i, c * b * open * (1.0f + a * (1.0f - open)), count);
         }
     }
+}
+
+/* x, y (rows, n): y = x / (1 + e^(-1.702 x)). */
+void quick_gelu(int64_t rows, int64_t n, int64_t threads, const float *x, float *y) {
+    ROWS
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t i = row * n; i < (row + 1) * n; i += 16) {
+            int64_t left = (row + 1) * n - i, count = left < 16 ? left : 16;
+            floats a = some(x + i, count);
+            put(y + i, a / (1.0f + exponential(-1.702f * a)), count);
+        }
+}
+
+void quick_gelu_backward(int64_t rows, int64_t n, int64_t threads, const float *gradient,
+                         const float *x, float *by_x) {
+    ROWS
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t i = row * n; i < (row + 1) * n; i += 16) {
+            int64_t left = (row + 1) * n - i, count = left < 16 ? left : 16;
+            floats a = some(x + i, count), open = 1.0f / (1.0f + exponential(-1.702f * a));
+            put(by_x + i, some(gradient + i, count) * open * (1.0f + 1.702f * a * (1.0f - open)),
+                count);
+        }
 }
 
 /* Heads of d numbers, turned by the angles of their position, forth (+1) or back (-1): rope is

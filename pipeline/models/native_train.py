@@ -30,6 +30,8 @@ def _library() -> Any:
         # numbers, then pointers (an epsilon between them)
         "swiglu": (3, 2),
         "swiglu_backward": (3, 3),
+        "quick_gelu": (3, 2),
+        "quick_gelu_backward": (3, 3),
         "rms_norm_backward": (4, 6),
         "split_heads": (6, 5),
         "join_heads": (6, 6),
@@ -109,6 +111,31 @@ class SwiGLUInC(torch.autograd.Function):
             n,
             torch.get_num_threads(),
             *_at(gradient, gate_and_up, result),
+        )
+        return result
+
+
+class QuickGELUInC(torch.autograd.Function):
+    """x (..., n) to its like."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        n = x.shape[-1]
+        y = torch.empty_like(x)
+        _library().quick_gelu(x.numel() // n, n, torch.get_num_threads(), *_at(x, y))
+        ctx.save_for_backward(x)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        n = x.shape[-1]
+        result = torch.empty_like(x)
+        _library().quick_gelu_backward(
+            x.numel() // n, n, torch.get_num_threads(), *_at(gradient, x, result)
         )
         return result
 
