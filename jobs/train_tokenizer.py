@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 
+from chainrule.jobs.tokenizer_plan import on_paper
 from chainrule.jobs.tokenizer_trainer import LEARNED, Trainer
 from chainrule.pipeline.artifact import Artifact
 from chainrule.pipeline.config import Settings, runtime
@@ -38,6 +39,8 @@ from chainrule.tokenizers.standardize import StandardizeSettings, StandardizeTok
 from chainrule.tokenizers.text import SentencePieceSettings, SentencePieceTokenizer
 from chainrule.tokenizers.vqgan import VQGANSettings
 from chainrule.tokenizers.vqvae import VQVAESettings
+
+__all__ = ["INPUTS", "Config", "main", "on_paper"]
 
 INPUTS: dict[str, Input] = {"data": Input(("ingest",))}
 
@@ -138,12 +141,6 @@ _OF_LEARNED = {
     "validate_every",
     "log_every",
 }
-
-
-def network(config: Config) -> torch.nn.Module | None:
-    """What is trained, on three channels; None for a tokenizer that learns without steps."""
-    kind = LEARNED.get(config.tokenizer.kind)
-    return None if kind is None else kind.build(config.tokenizer, 3)
 
 
 def main(config: Config, stage: Stage) -> None:

@@ -40,6 +40,8 @@ DEVICES = {
     "b200": Device(180e9, 75e12, 2250e12),
     "mi300x": Device(192e9, 163e12, 1307e12),
 }
+CHARACTERS = 256
+"""Taken for the vocabulary of a text's characters until the text has been read."""
 RESERVED = 0.07
 """Share of a GPU's memory that the driver, the libraries and fragmentation take."""
 UTILISATION = 0.4
@@ -85,10 +87,8 @@ def _plan_of(
         found |= _sample(pipeline, spec)
     elif spec.job in ("ingest", "pretokenize"):
         found |= _shards(pipeline, spec.name)
-    elif spec.job == "train_tokenizer" and hasattr(spec.module, "network"):
-        network = spec.module.network(spec.config)
-        if network is not None:
-            found["parameters"] = sum(p.numel() for p in network.parameters())
+    elif spec.job == "train_tokenizer" and hasattr(spec.config.tokenizer, "codebook_size"):  # type: ignore[attr-defined]
+        found |= _tokenizer(pipeline, spec, found["gpu"], utilisation)
     return found
 
 
@@ -155,6 +155,11 @@ def _foreseen(pipeline: Pipeline, tokens: StageSpec) -> dict[str, Any]:
     tokenizer: Any = pipeline.stages[source].config.tokenizer  # type: ignore[attr-defined]
     found["image"] = tokenizer.kind in ("vqvae", "vqgan", "palette", "pixels")
     extra = 2 if tokenizer.kind == "sentencepiece" else 0  # bos, eos
+    fixed = {"bytes": 258, "mulaw": 256, "characters": CHARACTERS}
+    if tokenizer.kind in fixed:
+        found["vocabulary_size"] = fixed[tokenizer.kind]
+    if tokenizer.kind == "characters":
+        found["guessed"] = ("vocabulary_size",)
     for field in ("codebook_size", "vocabulary_size", "colours", "levels"):
         size = getattr(tokenizer, field, None)
         if isinstance(size, int):
@@ -173,13 +178,14 @@ def _foreseen(pipeline: Pipeline, tokens: StageSpec) -> dict[str, Any]:
 
 
 def _assumed(spec: StageSpec, settled: dict[str, Any]) -> list[str]:
-    """What is taken from the model's preset because no token shards settle it yet."""
+    """What is taken from the model's preset, or guessed, because no token shards settle it yet."""
     asked: Any = spec.config.model  # type: ignore[attr-defined]
     given = {} if isinstance(asked, str) else asked
     open_still = {"vocabulary_size"}
     if settled.get("image") and "context" not in given:
         open_still.add("event_shape")
-    return sorted(open_still - settled.keys() - given.keys())
+    open_still -= settled.keys() - {*settled.get("guessed", ())}
+    return sorted(open_still - given.keys())
 
 
 def model_of(spec: StageSpec, settled: dict[str, Any]) -> Any:
@@ -211,7 +217,12 @@ def _pretrain(
     import torch
 
     from chainrule.pipeline.models.registry import build
-    from chainrule.pipeline.plan_memory import Activations, Scheme, parameter_count
+    from chainrule.pipeline.plan_memory import (
+        Activations,
+        Scheme,
+        moments_a_parameter,
+        parameter_count,
+    )
     from chainrule.pipeline.plan_schemes import choices, option, remedy, words
     from chainrule.pipeline.training.throughput import flops_per_element, measured_peak
 
@@ -241,10 +252,10 @@ def _pretrain(
         checkpointing=config.engine.activation_checkpointing,
         offload_optimizer=config.engine.offload_optimizer != "none",
         offload_parameters=config.engine.offload_parameters != "none",
-        moments=2,
+        moments=moments_a_parameter(model, config.optimizer),
         average=config.ema is not None,
     )
-    activations = Activations.count(model, config.precision)
+    activations = Activations.count(model, config.precision, gpu=spec.resources.gpus > 0)
     limit = _limit(spec, gpu)
     options = [option(parameters, choice, activations, limit) for choice in choices(scheme)]
     chosen = next(found for found in options if found["scheme"] == words(scheme))
@@ -254,7 +265,7 @@ def _pretrain(
         if gpu is not None
         else measured_peak(torch.device("cpu"), config.precision)
     )
-    checkpoint = parameters * 4 * (3 + (config.ema is not None))
+    checkpoint = round(parameters * 4 * (1 + scheme.moments + (config.ema is not None)))
     found: dict[str, Any] = {
         "model": model.model_dump(mode="json"),
         "parameters": parameters,
@@ -278,8 +289,110 @@ def _pretrain(
     if limit is not None and chosen["total"] > limit:
         found["remedy"] = remedy(parameters, scheme, activations, limit)
     if calibrate:
-        found |= _calibrated(model, config, scheme, activations, parameters, calibrate)
+        found |= _calibrated(model, config, scheme, parameters, calibrate)
     return found
+
+
+def _tokenizer(
+    pipeline: Pipeline, spec: StageSpec, gpu: str | None, utilisation: float
+) -> dict[str, Any]:
+    """A learned tokenizer: both networks, their optimisers, what is kept for backward."""
+    import torch
+
+    from chainrule.pipeline.plan_memory import WEIGHT_BYTES, heap_of
+    from chainrule.pipeline.training.throughput import measured_peak
+
+    config: Any = spec.config
+    [data] = spec.inputs["data"]
+    image = _image_shape(pipeline, data, config.crop)
+    if image is None:
+        return {
+            "note": f"planned once '{data}' has run: the size of its images is not known "
+            "(source.size, or crop here, would settle it)"
+        }
+    ranks = ranks_of(spec)
+    if config.batch_size % ranks:
+        raise RequestError(
+            f"stage '{spec.name}': batch_size {config.batch_size} does not divide by {ranks} ranks"
+        )
+    rows = config.batch_size // ranks
+    try:
+        paper = spec.module.on_paper(config, *image)
+    except (ValueError, RequestError) as error:
+        raise RequestError(f"stage '{spec.name}': {error}") from None
+    trained = paper.parameters + paper.discriminator
+    activations = rows * paper.activations
+    buffers = paper.fixed + (4 * paper.parameters if ranks > 1 else 0)  # gradients as one message
+    if config.precision != "fp32":
+        buffers += WEIGHT_BYTES[config.precision] * trained
+    if not spec.resources.gpus:
+        buffers += heap_of(activations)
+    average = 4 * paper.parameters if config.ema else 0
+    memory = {
+        "parameters": 4 * trained,
+        "gradients": 4 * trained,
+        "optimizer": 8 * trained + average,
+        "buffers": buffers,
+        "activations": activations,
+    }
+    total, limit = sum(memory.values()), _limit(spec, gpu)
+    peak = (
+        DEVICES[gpu].peak(config.precision) * ranks
+        if gpu is not None
+        else measured_peak(torch.device("cpu"), config.precision)
+    )
+    flops = paper.training_flops(config)
+    checkpoint = 12 * trained + average
+    found = {
+        "parameters": paper.parameters,
+        "discriminator_parameters": paper.discriminator,
+        "image": list(image),
+        "rows_per_micro_batch": rows,
+        "flops": flops,
+        "flops_per_image": paper.flops_joined,
+        "images": config.steps * config.batch_size,
+        "peak": peak,
+        "utilisation": utilisation,
+        "hours": flops / (peak * utilisation) / 3600,
+        "memory": {**memory, "total": total, "fits": limit is None or total <= limit},
+        "limit": limit,
+        "checkpoint_bytes": checkpoint,
+    }
+    if limit is not None and total > limit:
+        states = total - activations - (0 if spec.resources.gpus else heap_of(activations))
+        found["remedy"] = _fewer_rows(rows, limit - states, activations / rows)
+    return found
+
+
+def _fewer_rows(rows: int, left: float, each: float) -> str:
+    """What a tokenizer's training that does not fit can change: it has no other way to spread."""
+    fit = int(left // each)
+    if fit < 1:
+        return "fewer channels, or a smaller crop: not even one image fits"
+    return f"batch_size / {-(-rows // fit)}, or as many times the ranks ({fit} images a rank fit)"
+
+
+def _image_shape(pipeline: Pipeline, data: str, crop: int | None) -> tuple[int, int, int] | None:
+    """Height, width and channels of the images of an ingest stage; None where nothing says it."""
+    side: Any = None
+    channels = 3
+    if _published(pipeline, data) is not None:
+        from chainrule.pipeline.data.reader import Shards
+
+        shards = Shards.open(pipeline.folder(data))
+        first = shards.read("train", 0) if shards.modality == "image" else None
+        if first is not None:
+            height, width, channels = first.image().shape
+            side = (height, width)
+    elif data in pipeline.stages:
+        source: Any = pipeline.stages[data].config.source  # type: ignore[attr-defined]
+        side = getattr(source, "size", None)
+        channels = getattr(source, "channels", None) or 3
+    if crop is not None:
+        side = crop
+    if isinstance(side, int):
+        side = (side, side)
+    return None if side is None else (*side, channels)
 
 
 def _kept_for_good(config: Any) -> int:
@@ -301,15 +414,19 @@ def _limit(spec: StageSpec, gpu: str | None) -> float | None:
 
 
 def _calibrated(
-    model: Any, config: Any, scheme: Any, activations: Any, parameters: int, steps: int
+    model: Any, config: Any, scheme: Any, parameters: int, steps: int
 ) -> dict[str, Any]:
     """Hours and memory by a few real steps of one plain process on this machine."""
-    from chainrule.pipeline.plan_measure import measure
-    from chainrule.pipeline.plan_memory import Scheme, training_memory
+    import torch
 
-    found = measure(model, config.precision, scheme.rows, steps)
-    alone = Scheme(precision=config.precision, rows=scheme.rows)
-    predicted = training_memory(parameters, alone, activations.of(scheme.rows, False))
+    from chainrule.pipeline.plan_measure import measure
+    from chainrule.pipeline.plan_memory import Activations, Scheme, training_memory
+
+    found = measure(model, config.precision, scheme.rows, steps, config.optimizer)
+    alone = Scheme(precision=config.precision, rows=scheme.rows, moments=scheme.moments)
+    activations = Activations.count(model, config.precision, gpu=torch.cuda.is_available())
+    of, heap = activations.of(scheme.rows, False), activations.heap(scheme.rows, False)
+    predicted = training_memory(parameters, alone, of, heap)
     return {
         "calibrated_on": found.device,
         "calibrated_step_s": found.seconds,

@@ -27,7 +27,13 @@ class Measured:
     """Bytes at the peak, over what the process held before."""
 
 
-def measure(config: Any, precision: str, rows: int, steps: int) -> Measured:
+def measure(
+    config: Any,
+    precision: str,
+    rows: int,
+    steps: int,
+    optimizer: OptimizerSettings | None = None,
+) -> Measured:
     """Make `steps` updates on `rows` events after a first; RequestError if it is too large here."""
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
@@ -39,7 +45,7 @@ def measure(config: Any, precision: str, rows: int, steps: int) -> Measured:
             "calibrate on a node with a GPU"
         )
     before = _begin_peak(device)
-    step = training_step(config, precision, rows, device)
+    step = training_step(config, precision, rows, device, optimizer)
     step()
     _synchronise(device)
     began = time.perf_counter()
@@ -72,10 +78,16 @@ def _status(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 
-def training_step(config: Any, precision: str, rows: int, device: torch.device) -> Any:
+def training_step(
+    config: Any,
+    precision: str,
+    rows: int,
+    device: torch.device,
+    settings: OptimizerSettings | None = None,
+) -> Any:
     """A callable that makes one plain update of a fresh model on random events."""
     model = build(config, seed=0).to(device).train()
-    optimizer = build_optimizer(model, OptimizerSettings())
+    optimizer = build_optimizer(model, settings or OptimizerSettings())
     vocabulary = getattr(config, "vocabulary_size", None)
     generator = torch.Generator().manual_seed(0)
     if vocabulary is None:

@@ -12,25 +12,32 @@ parameters, n ranks, w bytes a weight (4 in fp32, 2 in bf16 or fp16).
 
 Activations are not estimated by a formula but counted: the model is run on torch's meta
 device (shapes without memory) with one layer and with two, and what autograd keeps is added
-up. Attention is counted as the fused kernels keep it: q, k, v, the output and one number a
-row (Dao et al. 2022, section 3.1), never the T x T matrix.
+up. On a GPU attention is counted as the fused kernels keep it: q, k, v, the output and one
+number a row (Dao et al. 2022, section 3.1), never the T x T matrix. On a CPU the very operations
+of a CPU are run on shapes, autocast included (`plan_paper.py`); what torch holds at the peak is
+met within a percent, and what the process takes is a fifth more: freed tensors leave holes in
+the heap (measured in tests/test_pipeline_plan.py; gone with MALLOC_MMAP_THRESHOLD_=1048576, which
+costs a quarter of the speed).
 """
 
-from collections.abc import Callable
+import contextlib
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from chainrule.pipeline.config import Settings
 from chainrule.pipeline.models.registry import build
+from chainrule.pipeline.training.optimizers import OptimizerSettings, parameter_groups
 
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's reduce_bucket_size: gradients that are on their way at once."""
+HOLES = 0.3
+"""Bytes in holes of the heap for each byte of activations in tensors that lie there: between 0.13
+and 0.53 in twenty runs of five trainings of 3 to 14 M parameters."""
+MAPPED_FROM = 32 << 20
+"""glibc's DEFAULT_MMAP_THRESHOLD_MAX: from here on a tensor is never of the heap."""
 LIVE_ELEMENTS = 1_000_000_000
 """DeepSpeed's stage3_max_live_parameters: weights gathered at once."""
 
@@ -47,7 +54,7 @@ class Scheme:
     checkpointing: bool = False
     offload_optimizer: bool = False
     offload_parameters: bool = False
-    moments: int = 2
+    moments: float = 2.0
     """Numbers that the optimiser keeps a parameter: 2 for AdamW, 1 for Muon's matrices."""
     average: bool = False
 
@@ -65,7 +72,7 @@ class Memory:
     optimizer: int
     """Masters, moments and the moving average."""
     buffers: int
-    """Buckets on their way, weights gathered, cast copies."""
+    """Buckets on their way, weights gathered, cast copies; on a CPU, holes of the heap."""
     activations: int
     host: int = 0
 
@@ -79,18 +86,18 @@ class Memory:
         return self.states + self.buffers + self.activations
 
 
-def training_memory(parameters: int, scheme: Scheme, activations: int) -> Memory:
-    """Where the bytes of a training lie; `activations` as `Activations.of` counts them."""
+def training_memory(parameters: int, scheme: Scheme, activations: int, heap: int = 0) -> Memory:
+    """Where the bytes of a training lie; `activations` and `heap` as `Activations` counts them."""
     n, ranks, stage = parameters, scheme.ranks, scheme.stage
     weight = WEIGHT_BYTES[scheme.precision]
     kept = 4 * scheme.moments + (4 if scheme.average else 0)
     if not stage:  # single, ddp, zero0: all in fp32; autocast keeps cast copies of the weights
         buffers = weight * n if scheme.precision != "fp32" else 0
-        return Memory(4 * n, 4 * n, kept * n, buffers, activations)
+        return Memory(4 * n, 4 * n, int(kept * n), buffers + heap, activations)
     shard = -(-n // ranks)
-    optimizer = (4 + kept) * shard  # masters, also in fp32: DeepSpeed copies its partition
+    optimizer = int((4 + kept) * shard)  # masters, also in fp32: DeepSpeed copies its partition
     weights, gradients = weight * n, weight * n
-    buffers = 4 * shard  # the partition's gradients in fp32 while it steps
+    buffers = heap + 4 * shard  # the partition's gradients in fp32 while it steps
     host = 0
     if stage >= 2:
         gradients = weight * shard
@@ -109,50 +116,30 @@ def training_memory(parameters: int, scheme: Scheme, activations: int) -> Memory
 # --- activations --------------------------------------------------------------------------
 
 
-class _FusedAttention(TorchFunctionMode):
-    """Attention as a fused kernel keeps it for backward."""
+def kept_for_backward(config: Settings, rows: int, precision: str, gpu: bool = True) -> list[int]:
+    """Bytes of each tensor that autograd keeps of a forward pass of `rows` events, without the
+    weights."""
+    from chainrule.pipeline.plan_paper import Kept, fused_attention, on_cpu, on_gpu
 
-    def __torch_function__(
-        self, func: Callable, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            return _Attention.apply(*args[:3])
-        return func(*args, **(kwargs or {}))
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = torch.empty_like(q)
-        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise NotImplementedError("only shapes are run through here")
-
-
-def kept_for_backward(config: Settings, rows: int, precision: str) -> int:
-    """Bytes that autograd keeps of a forward pass of `rows` events, weights left out."""
     with torch.device("meta"):
         model = build(config)
-        model.to("meta", DTYPES[precision])  # buffers made from numpy arrays too
-        vocabulary = getattr(config, "vocabulary_size", None)
-        dtype = torch.long if vocabulary is not None else DTYPES[precision]
-        x = torch.zeros(rows, *model.event_shape, dtype=dtype)
-    weights = {p.untyped_storage()._cdata for p in model.parameters()}
-    kept: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = tensor
-        return tensor
-
-    model.train()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), _FusedAttention():
+    vocabulary = getattr(config, "vocabulary_size", None)
+    with contextlib.ExitStack() as stack:
+        if gpu:
+            model.to("meta", DTYPES[precision])  # buffers made from numpy arrays too
+            dtype = torch.long if vocabulary is not None else DTYPES[precision]
+            x = torch.zeros(rows, *model.event_shape, dtype=dtype, device="meta")
+            stack.enter_context(on_gpu())
+            stack.enter_context(fused_attention())
+        else:
+            stack.enter_context(on_cpu(precision))
+            model.to_empty(device="cpu")
+            dtype = torch.long if vocabulary is not None else torch.float32
+            x = torch.zeros(rows, *model.event_shape, dtype=dtype)
+        kept = stack.enter_context(Kept(model))
+        model.train()
         model.log_prob(x).sum()
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return kept.sizes()
 
 
 @dataclass(frozen=True)
@@ -165,21 +152,24 @@ class Activations:
     boundary: int
     """What a checkpointed layer keeps: its input."""
     logits: int
-    """The gradient of the logits, in float32, which lies beside them for a moment."""
+    """Gradients of the logits and of their logarithms, in float32, beside them for a moment."""
+    sizes: tuple[int, ...] = ()
+    """On a CPU: bytes of the single tensors."""
 
     @classmethod
-    def count(cls, config: Settings, precision: str) -> "Activations":
+    def count(cls, config: Settings, precision: str, gpu: bool = True) -> "Activations":
         """Run the model's shapes. A decoder with one and with two layers; others whole."""
         vocabulary = getattr(config, "vocabulary_size", None) or 0
         length = int(torch.Size(_event_shape(config)).numel())
+        logits = 2 * 4 * length * vocabulary
         if not hasattr(config, "layers") or not hasattr(config, "width"):
-            return cls(0, 0, kept_for_backward(config, 1, precision), 0, 4 * length * vocabulary)
-        one, two = (
-            kept_for_backward(config.model_copy(update={"layers": n}), 1, precision) for n in (1, 2)
+            whole, sizes = _a_row(config, precision, gpu)
+            return cls(0, 0, whole, 0, logits, sizes)
+        (one, _), (two, sizes) = (
+            _a_row(config.model_copy(update={"layers": n}), precision, gpu) for n in (1, 2)
         )
         boundary = WEIGHT_BYTES[precision] * length * config.width
-        logits = 4 * length * vocabulary
-        return cls(config.layers, two - one, 2 * one - two, boundary, logits)
+        return cls(config.layers, two - one, 2 * one - two, boundary, logits, sizes)
 
     def of(self, rows: int, checkpointing: bool) -> int:
         """Bytes at the start of backward, which is the most."""
@@ -188,6 +178,28 @@ class Activations:
         else:
             each = self.layers * self.layer + self.rest
         return rows * (each + self.logits)
+
+    def heap(self, rows: int, checkpointing: bool) -> int:
+        """On a CPU: what lies idle in the holes of the heap. Tensors that the C library maps on
+        their own (32 MiB or more each) leave none."""
+        if not self.sizes:
+            return 0
+        small = sum(size for size in self.sizes if size * rows < MAPPED_FROM) / sum(self.sizes)
+        return heap_of(int(small * self.of(rows, checkpointing)))
+
+
+def heap_of(activations: int) -> int:
+    """What so many bytes of small tensors leave idle in the heap."""
+    return int(HOLES * activations)
+
+
+def _a_row(config: Settings, precision: str, gpu: bool) -> tuple[int, tuple[int, ...]]:
+    """Bytes kept for one row more; of the single tensors on a CPU."""
+    one = kept_for_backward(config, 1, precision, gpu)
+    if gpu:
+        return sum(one), ()
+    two = kept_for_backward(config, 2, precision, gpu)  # without casts of weights and masks
+    return sum(two) - sum(one), tuple(one)
 
 
 def _event_shape(config: Settings) -> tuple[int, ...]:
@@ -209,3 +221,14 @@ def kv_cache_bytes(config: Settings, batch: int, precision: str) -> int | None:
     length = int(torch.Size(config.event_shape).numel())  # type: ignore[attr-defined]
     each = 2 * config.layers * config.kv_heads * config.head_width  # type: ignore[attr-defined]
     return batch * each * length * WEIGHT_BYTES[precision]
+
+
+def moments_a_parameter(config: Settings, optimizer: OptimizerSettings) -> float:
+    """Numbers that the optimiser keeps a parameter, on average: Muon has one for its matrices."""
+    with torch.device("meta"):
+        model = build(config)
+    groups = parameter_groups(model, optimizer)
+    sizes = [
+        (sum(p.numel() for p in group["params"]), 1 if group.get("muon") else 2) for group in groups
+    ]
+    return sum(n * kept for n, kept in sizes) / sum(n for n, _ in sizes)

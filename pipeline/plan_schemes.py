@@ -46,7 +46,8 @@ def words(scheme: Scheme) -> str:
 def option(
     parameters: int, scheme: Scheme, activations: Activations, limit: float | None
 ) -> dict[str, Any]:
-    memory = training_memory(parameters, scheme, activations.of(scheme.rows, scheme.checkpointing))
+    of, heap = (f(scheme.rows, scheme.checkpointing) for f in (activations.of, activations.heap))
+    memory = training_memory(parameters, scheme, of, heap)
     return {
         "scheme": words(scheme),
         "parameters": memory.parameters,

@@ -14,6 +14,8 @@ def _stage(found: dict[str, Any]) -> list[str]:
     lines = [f"{found['stage']}  ({found['job']}; {where}{nodes})"]
     if found["job"] == "pretrain":
         return lines + _pretrain(found)
+    if found["job"] == "train_tokenizer" and "memory" in found:
+        return lines + _tokenizer(found)
     if found.get("parameters") is not None:
         lines.append(f"  parameters   {count(found['parameters'])}")
     if "weights_bytes" in found:
@@ -33,9 +35,32 @@ def _stage(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _tokenizer(found: dict[str, Any]) -> list[str]:
+    second = found["discriminator_parameters"]
+    height, width, channels = found["image"]
+    limit = f" of {size(found['limit'])}" if found["limit"] is not None else ""
+    names = ("parameters", "gradients", "optimizer", "buffers", "activations")
+    parts = ", ".join(f"{name} {size(found['memory'][name])}" for name in names)
+    lines = [
+        f"  parameters   {count(found['parameters'])}"
+        + (f", discriminator {count(second)}" if second else ""),
+        f"  a step       {found['rows_per_micro_batch']} images of {height} x {width} x {channels} "
+        "a rank",
+        f"  compute      {found['flops_per_image']:.3g} FLOP an image, {found['flops']:.3g} "
+        f"for {count(found['images'])} images",
+        f"  time         {hours(found['hours'])} at {found['utilisation']:.0%} of "
+        f"{found['peak'] / 1e12:,.3g} TFLOP/s",
+        f"  memory       {size(found['memory']['total'])} a rank{limit}: {parts}",
+        f"  checkpoints  {size(found['checkpoint_bytes'])} each",
+    ]
+    if "remedy" in found:
+        lines.append(f"  DOES NOT FIT. The smallest change that would: {found['remedy']}")
+    return lines
+
+
 def _pretrain(found: dict[str, Any]) -> list[str]:
     assumed = ", ".join(found["assumed"])
-    unsettled = f" ({assumed}: the preset's, until the tokens are made)" if assumed else ""
+    unsettled = f" ({assumed}: assumed until the tokens are made)" if assumed else ""
     per_day = count(found["tokens_per_day"])
     lines = [
         f"  parameters   {count(found['parameters'])}, {found['length']:,} elements{unsettled}",

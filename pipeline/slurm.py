@@ -249,6 +249,8 @@ def _accounting(ids: Sequence[str]) -> dict[str, Job]:
         task, states, reason, nodes, elapsed, code = line.split("|")
         state = states.split()[0] if states else "UNKNOWN"  # "CANCELLED by 1000"
         nodes = "" if nodes == "None assigned" else nodes
+        if states == "CANCELLED" and not nodes:  # by nobody, before it began: by Slurm itself
+            reason = "Dependency"
         restarts = newest[task].restarts + 1 if task in newest else 0
         newest[task] = Job(task, state, reason, nodes, elapsed, restarts, code)
     tasks: dict[str, list[Job]] = {}

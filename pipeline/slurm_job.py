@@ -97,7 +97,7 @@ def _why_started(pipeline: Pipeline, stage: str, restart: int) -> str | None:
     if restart:
         log = os.environ.get(LOG_VARIABLE)
         return (reason_of_restart(Path(log), restart - 1) if log else None) or "not known"
-    mine = {os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_ARRAY_JOB_ID")}
+    mine = {os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_ARRAY_JOB_ID", "")}
     record = record_of(pipeline, stage)
     if record and mine & {*jobs_in(record)}:
         mine |= {*jobs_in(record)}

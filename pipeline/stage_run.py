@@ -125,7 +125,10 @@ def run_part(pipeline: Pipeline, name: str, part: int, parts: int) -> None:
             world_size=parts,
             resumed=True,
         )
-        spec.module.part(spec.config, stage, part, parts)
+        try:
+            spec.module.part(spec.config, stage, part, parts)
+        except RequestError as error:  # once a stage has begun, it is the stage that fails
+            raise StageFailed(str(error)) from error
 
 
 def _join(pipeline: Pipeline, spec: StageSpec) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """What submits, fences and watches Slurm jobs, as far as it goes without a Slurm."""
 
+import json
 import os
 import shlex
 import subprocess
@@ -13,6 +14,8 @@ from chainrule.pipeline.artifact import StageLocked
 from chainrule.pipeline.config import RequestError
 from chainrule.pipeline.fence import REPLACED, hold
 from chainrule.pipeline.pipeline_file import load_pipeline
+from chainrule.pipeline.pipeline_run import open_run
+from chainrule.pipeline.slurm_log import exit_code, reason_of_restart
 from chainrule.pipeline.slurm_status import log_tail
 from chainrule.pipeline.stage import StageFailed
 from chainrule.pipeline.status import is_settled, table
@@ -313,3 +316,193 @@ def test_the_table_shows_jobs_and_the_end_of_a_failed_log(tmp_path: Path) -> Non
     assert lines[2:6] == ["    | one", "    | two", "    | three", "    | error: no memory"][-4:]
     assert not is_settled([failed, waiting])
     assert is_settled([failed])
+
+
+# --- why a job was restarted --------------------------------------------------------------
+
+BEGUN = "=== job 7, attempt {} on n[1-2] at 2026-11-24T13:22:23Z: chainrule stage x.yaml decoder\n"
+BY_SLURM = "slurmstepd-n1: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-24T13:22:26 DUE TO {} ***\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        (BY_SLURM.format("JOB REQUEUE"), "requeue by hand"),
+        (BY_SLURM.format("NODE FAILURE, SEE SLURMCTLD LOG FOR DETAILS"), "node failure"),
+        (BY_SLURM.format("PREEMPTION"), "preemption"),
+        ("a loss, and then nothing more\n", "node failure"),
+        ("=== job 7: exit 75, requeued at T: time limit\n", "time limit"),
+        ("=== job 7: exit 75, requeued at T: preemption\n", "preemption"),
+        ("=== job 7: exit 137, requeued at T: exit\n", "a rank was killed (signal 9)"),
+        ("=== job 7: exit 75, requeued at T: exit\n", "the ranks were told to stop"),
+        (
+            "rank 1: no step for 25 s; the stacks of its threads:\n"
+            "=== job 7: exit 75, requeued at T: exit\n" + BY_SLURM.format("JOB REQUEUE"),
+            "hang",
+        ),
+        (
+            "srun: error: n1: task 0: Out Of Memory\n=== job 7: exit 137, requeued at T: exit\n",
+            "out of memory",
+        ),
+    ],
+)
+def test_the_log_of_a_job_tells_why_it_was_restarted(
+    tmp_path: Path, said: str, reason: str
+) -> None:
+    log = tmp_path / "decoder-7.log"
+    log.write_text(BEGUN.format(0) + said + BEGUN.format(1) + "and so on\n")
+    assert reason_of_restart(log, 0) == reason
+    assert reason_of_restart(log, 1) == "node failure"  # of an attempt that is no more
+    assert reason_of_restart(log, 2) is None
+    assert reason_of_restart(tmp_path / "none", 0) is None
+    assert exit_code(log) is None
+    log.write_text(log.read_text() + "=== job 7: exit 1 at T\n")
+    assert exit_code(log) == 1
+
+
+def test_a_later_attempt_notes_why_and_tells_mlflow(
+    pipeline_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = load_pipeline(pipeline_file)
+    log = pipeline_file.parent / "log"
+    log.write_text(BEGUN.format(0) + "=== job 7: exit 75, requeued at T: time limit\n")
+    for name, value in _attempt("7", 0).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
+    monkeypatch.setenv("CHAINRULE_LOG", str(log))
+    slurm_job.note_attempt(pipeline, "tokens")
+    assert "slurm.restart_reason" not in slurm_job.tags(pipeline, "tokens")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    slurm_job.note_attempt(pipeline, "tokens")  # another rank of the same attempt: no line
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    slurm_job.note_attempt(pipeline, "tokens")
+    assert [a["reason"] for a in slurm_job.attempts_of(pipeline, "tokens")] == [None, "time limit"]
+    assert slurm_job.tags(pipeline, "tokens") == {
+        "slurm.job_id": "7",
+        "slurm.job_nodelist": "n[1-2]",
+        "slurm.restart_count": "1",
+        "slurm.restart_reason": "time limit",
+        "slurm.restart_reasons": "7.1 on n[1-2]: time limit",
+    }
+
+
+def test_a_job_after_a_failed_one_says_what_failed(
+    pipeline_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = load_pipeline(pipeline_file)
+    for job in ("7", "8"):
+        for name, value in _attempt(job, 0).items():
+            monkeypatch.setenv(name, value)
+        slurm_job.note_attempt(pipeline, "digits")
+        partial = pipeline.root / "digits.partial"
+        partial.mkdir(parents=True, exist_ok=True)
+        attempt = {"fingerprint": pipeline.fingerprint("digits"), "failed": {"error": "no disk"}}
+        (partial / "attempt.json").write_text(json.dumps(attempt))
+    reasons = [a["reason"] for a in slurm_job.attempts_of(pipeline, "digits")]
+    assert reasons == [None, "submitted again after: no disk"]
+
+
+# --- what Slurm says ----------------------------------------------------------------------
+
+SACCT = """\
+2|REQUEUED|None|127.0.0.1|00:00:00|0:0
+3|CANCELLED by 0|JobHeldUser|None assigned|00:00:00|0:0
+4|CANCELLED|None|None assigned|00:00:00|0:0
+1_0|COMPLETED|None|127.0.0.1|00:00:00|0:0
+1_1|FAILED|None|127.0.0.1|00:00:01|1:0
+1_2|COMPLETED|None|127.0.0.1|00:00:02|0:0
+5_0|RUNNING|None|127.0.0.1|00:00:26|0:0
+5_[1-3%1]|PENDING|None|None assigned|00:00:00|0:0
+2|COMPLETED|BeginTime|127.0.0.1|00:00:04|0:0
+"""
+"""What sacct of Slurm 22.05.8 printed for such jobs (tests/cluster/test_accounting.py)."""
+
+
+def _commands(folder: Path, monkeypatch: pytest.MonkeyPatch, **programs: str) -> None:
+    """Programs of these names and shell texts, before all others on the path."""
+    folder.mkdir(exist_ok=True)
+    for name, text in programs.items():
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+def test_jobs_that_only_the_accounting_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "said").write_text(SACCT)
+    unknown = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
+    sacct = f'echo "$@" > {tmp_path}/asked; cat {tmp_path}/said'
+    _commands(tmp_path / "bin", monkeypatch, squeue=unknown, sacct=sacct)
+    found = slurm.jobs_of(["1", "2", "3", "4", "5"])
+    asked = (tmp_path / "asked").read_text().split()
+    assert asked[-1] == "JobID,State,Reason,NodeList,Elapsed,ExitCode"  # 22.05 has these
+    assert "-D" in asked
+    assert (found["2"].state, found["2"].restarts, found["2"].alive) == ("COMPLETED", 1, False)
+    assert (found["3"].state, found["3"].reason) == ("CANCELLED", "JobHeldUser")
+    assert (found["4"].state, found["4"].reason) == ("CANCELLED", "Dependency")
+    assert (found["1"].state, found["1"].failed_task) == ("FAILED", "1_1")
+    assert found["1"].exit_code == "1:0"
+    assert dict(found["1"].tasks) == {"COMPLETED": 2, "FAILED": 1}
+    assert found["5"].alive
+    assert found["5"].nodes == "127.0.0.1"
+
+    off = "echo 'Slurm accounting storage is disabled' >&2; exit 1"
+    _commands(tmp_path / "bin", monkeypatch, squeue=unknown, sacct=off)
+    assert slurm.jobs_of(["1", "2"]) == {}
+
+
+# --- submitting, with stubs for Slurm -----------------------------------------------------
+
+
+def test_names_with_hyphens_make_shell_variables(pipeline_file: Path) -> None:
+    text = PIPELINE.replace("digits:", "1-digits:").replace("data: digits", "data: 1-digits")
+    pipeline_file.write_text(text)
+    decisions = submit(load_pipeline(pipeline_file), slurm.Profile(), dry_run=True)
+    lines = [line for decision in decisions for line in shell(decision)]
+    stub = 'sbatch() { echo "$@" >> seen; wc -l < seen | tr -d " "; }\n'
+    subprocess.run(["bash", "-euc", stub + "\n".join(lines)], check=True)
+    seen = [shlex.split(line) for line in Path("seen").read_text().splitlines()]
+    assert [_options(words).get("dependency") for words in seen][1:] == ["afterok:1", "afterok:1:2"]
+
+
+@pytest.mark.slow
+def test_a_forced_stage_begins_anew_under_one_open_run(
+    pipeline_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from chainrule.pipeline.launch import Selection
+
+    folder = pipeline_file.parent
+    sbatch = f'echo "$@" >> {folder}/queued; wc -l < {folder}/queued'
+    _commands(folder / "bin", monkeypatch, sbatch=sbatch, squeue="exit 0", sacct="exit 1")
+    pipeline = load_pipeline(pipeline_file)
+    partial = pipeline.root / "digits.partial"
+    partial.mkdir(parents=True)
+    (partial / "old").touch()
+    selection = Selection(only=("digits",), force=("digits",))
+    submit(pipeline, slurm.Profile(), selection, dry_run=True)
+    assert (partial / "old").exists()
+    [decision] = submit(pipeline, slurm.Profile(), selection)
+    assert decision.reason == "asked for by --force"
+    assert not partial.exists()
+    run = open_run(pipeline)
+    assert run is not None
+    lines = (folder / "queued").read_text().splitlines()
+    assert len(lines) == 2  # the stage, and the report that ends the run
+    assert "report.sbatch" in lines[1]
+    submit(pipeline, slurm.Profile(), selection)
+    assert open_run(pipeline) == run  # the same, until it is ended
+
+
+def test_a_forced_stage_that_is_requeued_is_not_taken_for_done(pipeline_file: Path) -> None:
+    from chainrule.pipeline.stage_run import run_here
+
+    pipeline = load_pipeline(pipeline_file)
+    run_here(pipeline, "digits")
+    assert slurm_job.is_published(pipeline, "digits")
+    partial = pipeline.root / "digits.partial"
+    partial.mkdir()
+    attempt = {"fingerprint": pipeline.fingerprint("digits")}
+    (partial / "attempt.json").write_text(json.dumps(attempt))
+    assert not slurm_job.is_published(pipeline, "digits")
