@@ -6,7 +6,15 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from chainrule.pipeline import artifact, catalogue, graph, launch, pipeline_file, stage_run
+from chainrule.pipeline import (
+    artifact,
+    catalogue,
+    graph,
+    launch,
+    pipeline_file,
+    pipeline_run,
+    stage_run,
+)
 from chainrule.pipeline.config import RequestError, Settings, runtime
 from chainrule.pipeline.graph import State
 from chainrule.pipeline.launch import Selection
@@ -72,7 +80,7 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(catalogue, "job_module", job_module)
     monkeypatch.setattr(pipeline_file, "job_module", job_module)
-    monkeypatch.setattr(launch, "Tracker", Silent)
+    monkeypatch.setattr(pipeline_run, "Tracker", Silent)
     monkeypatch.setattr(stage_run, "Tracker", Silent)
 
 
