@@ -127,11 +127,13 @@ def _shards(pipeline: Pipeline, stage: str) -> dict[str, Any]:
 def _from_tokens(pipeline: Pipeline, spec: StageSpec) -> dict[str, Any]:
     """What the token stages settle of a model: from their index, else from their settings."""
     settled: dict[str, Any] = {}
-    sizes = []
+    sizes: list[int | None] = []
+    real = False
     for name in spec.inputs.get("tokens", []):
         index = _published(pipeline, name)
         if index is not None:
-            sizes.append(index["vocabulary"]["size"] or None)
+            sizes.append(index["vocabulary"]["size"])
+            real = real or not sizes[-1]
             settled["image"] = index["modality"] == "image"
             if index["grid"]:
                 settled["event_shape"] = tuple(index["grid"])
@@ -140,9 +142,12 @@ def _from_tokens(pipeline: Pipeline, spec: StageSpec) -> dict[str, Any]:
         elif name in pipeline.stages:
             foreseen = _foreseen(pipeline, pipeline.stages[name])
             sizes.append(foreseen.pop("vocabulary_size", None))
+            real = real or foreseen.pop("real", False)
             settled |= foreseen
-    if sizes and None not in sizes:
-        settled["vocabulary_size"] = sum(sizes)
+    if real:
+        settled["vocabulary_size"] = None  # numbers are no tokens: a density
+    elif sizes and None not in sizes:
+        settled["vocabulary_size"] = sum(size for size in sizes if size is not None)
     return settled
 
 
@@ -153,6 +158,7 @@ def _foreseen(pipeline: Pipeline, tokens: StageSpec) -> dict[str, Any]:
     if source not in pipeline.stages:
         return found
     tokenizer: Any = pipeline.stages[source].config.tokenizer  # type: ignore[attr-defined]
+    found["real"] = tokenizer.kind == "standardize"
     found["image"] = tokenizer.kind in ("vqvae", "vqgan", "palette", "pixels")
     extra = 2 if tokenizer.kind == "sentencepiece" else 0  # bos, eos
     fixed = {"bytes": 258, "mulaw": 256, "characters": CHARACTERS}
@@ -186,6 +192,19 @@ def _assumed(spec: StageSpec, settled: dict[str, Any]) -> list[str]:
         open_still.add("event_shape")
     open_still -= settled.keys() - {*settled.get("guessed", ())}
     return sorted(open_still - given.keys())
+
+
+def _unsettled(spec: StageSpec, settled: dict[str, Any]) -> dict[str, Any] | None:
+    """What is said of a model whose length only the tokens can tell (rows of a table)."""
+    asked: Any = spec.config.model  # type: ignore[attr-defined]
+    given = {} if isinstance(asked, str) else asked
+    preset = isinstance(asked, str) or "preset" in given
+    if preset or settled.get("vocabulary_size", 0) is not None or "event_shape" in settled:
+        return None
+    if {"context", "event_shape"} & given.keys():
+        return None
+    tokens = ", ".join(spec.inputs["tokens"])
+    return {"note": f"planned once {tokens} has run: how many numbers a row has is not known yet"}
 
 
 def model_of(spec: StageSpec, settled: dict[str, Any]) -> Any:
@@ -228,6 +247,8 @@ def _pretrain(
 
     config: Any = spec.config
     settled = _from_tokens(pipeline, spec)
+    if (open_still := _unsettled(spec, settled)) is not None:
+        return open_still
     model = model_of(spec, settled)
     ranks = ranks_of(spec)
     parts = ranks * config.accumulate
@@ -237,7 +258,7 @@ def _pretrain(
             f"x accumulate {config.accumulate}; take a multiple of {parts}"
         )
     with torch.device("meta"):
-        built = build(model)
+        built = build(model).to("meta")  # buffers made from numpy arrays too
     flops = flops_per_element(built)
     length = math.prod(built.event_shape)
     parameters = parameter_count(model)
@@ -445,7 +466,10 @@ def _sample(pipeline: Pipeline, spec: StageSpec) -> dict[str, Any]:
     if decoder not in pipeline.stages:
         return {"note": "its model lies outside this pipeline"}
     spec_of_model = pipeline.stages[decoder]
-    model = model_of(spec_of_model, _from_tokens(pipeline, spec_of_model))
+    settled = _from_tokens(pipeline, spec_of_model)
+    if (open_still := _unsettled(spec_of_model, settled)) is not None:
+        return open_still
+    model = model_of(spec_of_model, settled)
     config: Any = spec.config
     precision = {"float32": "fp32", "bfloat16": "bf16"}[config.dtype]
     parameters = parameter_count(model)

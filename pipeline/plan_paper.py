@@ -25,7 +25,7 @@ def on_cpu(precision: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def on_gpu() -> Iterator[None]:
-    with torch.device("meta"):
+    with torch.device("meta"), _NoValues():
         yield
 
 
@@ -37,6 +37,8 @@ class _NoValues(TorchFunctionMode):
     ) -> Any:
         if func is torch.aminmax:
             return 0, 0
+        if func is torch.randint and args[-1] == ():  # a number that the model will look at
+            return 0
         if func is torch.bincount:
             return torch.zeros((kwargs or {})["minlength"], dtype=torch.long)
         return func(*args, **(kwargs or {}))

@@ -12,7 +12,7 @@ def _stage(found: dict[str, Any]) -> list[str]:
     where = f"{found['ranks']} x {found['gpu']}" if found["gpu"] else f"{found['ranks']} on CPU"
     nodes = f", {found['nodes']} nodes" if found["nodes"] > 1 else ""
     lines = [f"{found['stage']}  ({found['job']}; {where}{nodes})"]
-    if found["job"] == "pretrain":
+    if found["job"] == "pretrain" and "memory" in found:
         return lines + _pretrain(found)
     if found["job"] == "train_tokenizer" and "memory" in found:
         return lines + _tokenizer(found)

@@ -289,6 +289,17 @@ def test_a_tokenizer_that_does_not_fit_is_told_how_many_images_would(pipeline_fi
     assert "DOES NOT FIT" in text([codes])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")))
+def test_every_config_is_planned(path: Path, tmp_path: Path) -> None:
+    plans = plan(load_pipeline(path, runs=tmp_path), gpu="h100")
+    for found in plans:
+        if found["job"] == "pretrain":
+            assert "note" in found or found["hours"] > 0
+    assert text(plans)
+    json.dumps(plans)
+
+
 def test_plans_know_the_tokens_before_they_are_made(pipeline_file: Path) -> None:
     plans = {found["stage"]: found for found in plan(load_pipeline(pipeline_file), gpu="h100")}
     decoder = plans["decoder"]
