@@ -51,10 +51,19 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="A.B=V", help="Override a setting: STAGE.KEY.SUBKEY=VALUE."),
 ]
+
+
+def model_folders(given: Any) -> Any:
+    """What an argument or option names as a model, or as several, or not at all, as folders."""
+    if isinstance(given, list | tuple):
+        return [resolve(one) for one in given]
+    return None if given is None else resolve(given)
+
+
 ModelArgument = Annotated[
     Path,
     typer.Argument(
-        callback=lambda model: resolve(model),  # typer gives a context to what takes two
+        callback=model_folders,
         help="A handed-off model: its folder, PIPELINE/STAGE, or models:/NAME@ALIAS of MLflow.",
     ),
 ]

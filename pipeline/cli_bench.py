@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from chainrule.pipeline.artifact import Artifact, require_same
-from chainrule.pipeline.cli import app
+from chainrule.pipeline.cli import ModelArgument, app, model_folders
 from chainrule.pipeline.config import RequestError, nearest
 
 bench = typer.Typer(help="Measure speed: ratios in one run.", rich_markup_mode=None)
@@ -116,9 +116,12 @@ def images(
 
 @bench.command()
 def speculative(
-    model: Annotated[Path, typer.Argument(help="A handed-off model.")],
+    model: ModelArgument,
     draft: Annotated[
-        Path | None, typer.Option(help="A distilled draft, beside n-grams of the prompt.")
+        Path | None,
+        typer.Option(
+            callback=model_folders, help="A distilled draft, beside n-grams of the prompt."
+        ),
     ] = None,
     layers: Annotated[
         int | None, typer.Option(min=1, help="Also the model's own first layers as a draft.")

@@ -16,9 +16,8 @@ import yaml
 
 from chainrule.pipeline.artifact import Artifact, ArtifactError
 from chainrule.pipeline.catalogue import job_module
-from chainrule.pipeline.cli import ModelArgument, app
+from chainrule.pipeline.cli import ModelArgument, app, model_folders
 from chainrule.pipeline.config import RequestError, explain
-from chainrule.pipeline.model_registry import resolve
 from chainrule.pipeline.stage import DONE, FAILED, Stage
 
 JobSetOption = Annotated[
@@ -76,7 +75,10 @@ def sample(
     seed: Annotated[int | None, typer.Option()] = None,
     draft: Annotated[
         Path | None,
-        typer.Option(help="A smaller model of the same tokens (`distill`) that runs ahead."),
+        typer.Option(
+            callback=model_folders,
+            help="A smaller model of the same tokens (`distill`) that runs ahead.",
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder for the store, pictures and texts.")
@@ -198,7 +200,12 @@ def decompress(
     container: Annotated[Path, typer.Argument(help="A container that compress wrote (.cr).")],
     model: Annotated[
         Path | None,
-        typer.Option("--model", "-m", help="The model it was made with (default: where it lay)."),
+        typer.Option(
+            "--model",
+            "-m",
+            callback=model_folders,
+            help="The model it was made with (default: where it lay).",
+        ),
     ] = None,
     out: Annotated[
         Path | None,
@@ -237,10 +244,7 @@ def verify(
 @app.command()
 def scoreboard(
     models: Annotated[
-        list[Path],
-        typer.Argument(
-            callback=lambda paths: [resolve(path) for path in paths], help="Models, as elsewhere."
-        ),
+        list[Path], typer.Argument(callback=model_folders, help="Models, as elsewhere.")
     ],
     data: Annotated[Path, typer.Option(help="An ingest artifact: the files, its validation.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the tables.")] = Path(

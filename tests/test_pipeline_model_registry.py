@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from chainrule.pipeline import tracking
+from chainrule.pipeline.cli import model_folders
 from chainrule.pipeline.config import RequestError
 from chainrule.pipeline.model_registry import register, resolve
 from chainrule.pipeline.models import folder as model_folder
@@ -61,3 +62,13 @@ def test_a_registry_that_is_away_stops_nothing(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     assert register(tmp_path, "digits", "model", model, "0" * 32) is None
     assert "not registered" in capsys.readouterr().err
+
+
+def test_one_model_several_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the command line calls for every argument and option that is a model."""
+    monkeypatch.chdir(tmp_path)
+    saved(tmp_path / "runs" / "digits" / "model", 0)
+    below, given = Path("runs/digits/model"), Path("digits/model")
+    assert model_folders(None) is None
+    assert model_folders(given) == below
+    assert model_folders([given, below]) == [below, below]
