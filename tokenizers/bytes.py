@@ -13,7 +13,6 @@ from chainrule.tokenizers.interface import (
     fingerprint_of,
     read_card,
     require_fingerprint,
-    write_card,
 )
 from chainrule.tokenizers.utf8 import from_utf8, to_utf8
 
@@ -58,10 +57,6 @@ class ByteTokenizer(Tokenizer):
             "vocabulary": self.vocabulary,
             "fingerprint": self.fingerprint,
         }
-
-    def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_card(folder, self.card())
 
     @classmethod
     def load(cls, folder: Path, device: str = "cpu") -> "ByteTokenizer":

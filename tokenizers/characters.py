@@ -18,7 +18,6 @@ from chainrule.tokenizers.interface import (
     fingerprint_of,
     read_card,
     require_fingerprint,
-    write_card,
 )
 
 
@@ -81,10 +80,6 @@ class CharacterTokenizer(Tokenizer):
             "alphabet": self.alphabet,
             "fingerprint": self.fingerprint,
         }
-
-    def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_card(folder, self.card())
 
     @classmethod
     def load(cls, folder: Path, device: str = "cpu") -> "CharacterTokenizer":

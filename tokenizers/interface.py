@@ -79,9 +79,10 @@ class Tokenizer(ABC):
     def card(self) -> dict[str, Any]:
         """What `card.json` holds."""
 
-    @abstractmethod
     def save(self, folder: Path) -> None:
-        """Write `card.json` and weights into `folder`."""
+        """Write `card.json`, and before it weights where the kind has some, into `folder`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_card(folder, self.card())
 
     @classmethod
     @abstractmethod

@@ -20,7 +20,6 @@ from chainrule.tokenizers.interface import (
     fingerprint_of,
     read_card,
     require_fingerprint,
-    write_card,
 )
 
 MU = 255
@@ -88,10 +87,6 @@ class MuLawTokenizer(Tokenizer):
             "tokens_per_sample": 2 if self.settings.bits == 16 else 1,
             "fingerprint": self.fingerprint,
         }
-
-    def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_card(folder, self.card())
 
     @classmethod
     def load(cls, folder: Path, device: str = "cpu") -> "MuLawTokenizer":

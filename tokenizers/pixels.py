@@ -24,7 +24,6 @@ from chainrule.tokenizers.interface import (
     fingerprint_of,
     read_card,
     require_fingerprint,
-    write_card,
 )
 
 
@@ -89,10 +88,6 @@ class PixelTokenizer(Tokenizer):
             "settings": self.settings.model_dump(mode="json"),
             "fingerprint": self.fingerprint,
         }
-
-    def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_card(folder, self.card())
 
     @classmethod
     def load(cls, folder: Path, device: str = "cpu") -> "PixelTokenizer":

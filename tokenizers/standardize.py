@@ -19,7 +19,6 @@ from chainrule.tokenizers.interface import (
     fingerprint_of,
     read_card,
     require_fingerprint,
-    write_card,
 )
 
 
@@ -101,10 +100,6 @@ class StandardizeTokenizer(Tokenizer):
             "log_volume": self.log_volume,
             "fingerprint": self.fingerprint,
         }
-
-    def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_card(folder, self.card())
 
     @classmethod
     def load(cls, folder: Path, device: str = "cpu") -> "StandardizeTokenizer":
