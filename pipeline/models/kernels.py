@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from chainrule.pipeline.models.native_train import (
-    QuickGELUInC,
+    ActivationInC,
     RMSNormInC,
     SplitHeadsInC,
-    SwiGLUInC,
     ready,
 )
 
@@ -115,7 +114,11 @@ class _Rotation(torch.autograd.Function):
 def swiglu(gate_and_up: Tensor) -> Tensor:
     """silu(gate) * up of (..., 2F), the gate in the first half (Shazeer 2020, equation 6)."""
     if _by_hand():
-        y: Tensor = (SwiGLUInC if ready(gate_and_up) else _SwiGLU).apply(gate_and_up)
+        y: Tensor
+        if ready(gate_and_up):
+            y = ActivationInC.apply(gate_and_up, "swiglu", 2)
+        else:
+            y = _SwiGLU.apply(gate_and_up)
         return y
     gate, up = gate_and_up.chunk(2, dim=-1)
     return F.silu(gate) * up
@@ -144,7 +147,7 @@ class _SwiGLU(torch.autograd.Function):
 def quick_gelu(x: Tensor) -> Tensor:
     """x * sigmoid(1.702 x): Hendrycks & Gimpel 2016, section 2, as ImageGPT has it."""
     if _by_hand():
-        y: Tensor = (QuickGELUInC if ready(x) else _QuickGELU).apply(x)
+        y: Tensor = ActivationInC.apply(x, "quick_gelu", 1) if ready(x) else _QuickGELU.apply(x)
         return y
     return x * torch.sigmoid(1.702 * x)
 

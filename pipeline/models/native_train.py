@@ -87,57 +87,29 @@ class RMSNormInC(torch.autograd.Function):
         return by_x, by_weight[0], None
 
 
-class SwiGLUInC(torch.autograd.Function):
-    """gate_and_up (..., 2n) to (..., n)."""
+class ActivationInC(torch.autograd.Function):
+    """x (..., parts * n) to (..., n), by the C function `name` and its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, gate_and_up: Tensor) -> Tensor:
-        gate_and_up = gate_and_up.contiguous()
-        n = gate_and_up.shape[-1] // 2
-        y = torch.empty(*gate_and_up.shape[:-1], n)
-        _library().swiglu(y.numel() // n, n, torch.get_num_threads(), *_at(gate_and_up, y))
-        ctx.save_for_backward(gate_and_up)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (gate_and_up,) = ctx.saved_tensors
-        gradient = gradient.contiguous()
-        n = gradient.shape[-1]
-        result = torch.empty_like(gate_and_up)
-        _library().swiglu_backward(
-            gradient.numel() // n,
-            n,
-            torch.get_num_threads(),
-            *_at(gradient, gate_and_up, result),
-        )
-        return result
-
-
-class QuickGELUInC(torch.autograd.Function):
-    """x (..., n) to its like."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, name: str, parts: int) -> Tensor:
         x = x.contiguous()
-        n = x.shape[-1]
-        y = torch.empty_like(x)
-        _library().quick_gelu(x.numel() // n, n, torch.get_num_threads(), *_at(x, y))
+        n = x.shape[-1] // parts
+        y = torch.empty(*x.shape[:-1], n)
+        getattr(_library(), name)(y.numel() // n, n, torch.get_num_threads(), *_at(x, y))
         ctx.save_for_backward(x)
+        ctx.name = name
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
         gradient = gradient.contiguous()
-        n = x.shape[-1]
-        result = torch.empty_like(x)
-        _library().quick_gelu_backward(
-            x.numel() // n, n, torch.get_num_threads(), *_at(gradient, x, result)
-        )
-        return result
+        n = gradient.shape[-1]
+        by_x = torch.empty_like(x)
+        function = getattr(_library(), f"{ctx.name}_backward")
+        function(gradient.numel() // n, n, torch.get_num_threads(), *_at(gradient, x, by_x))
+        return by_x, None, None
 
 
 class SplitHeadsInC(torch.autograd.Function):
