@@ -30,6 +30,7 @@ from chainrule.pipeline.artifact import Artifact, read_json, write_json
 from chainrule.pipeline.config import Settings, runtime
 from chainrule.pipeline.data.reader import Sample, Shards
 from chainrule.pipeline.data.shards import ShardWriter, finish, finished, key_of
+from chainrule.pipeline.data.tokens import OF_ONE_SHAPE
 from chainrule.pipeline.ranks import own_device
 from chainrule.pipeline.stage import Input, Stage, StageFailed
 from chainrule.tokenizers import interface
@@ -213,7 +214,7 @@ def _encode_shard(
             if writer.skipped > allowed:  # inside the `with`: the cut shard is dropped
                 raise _too_many(config, shards, last, writer.skipped)
         # inside the `with`: whoever finds the shard whole finds its shapes as well
-        if modality in ("image", "table"):
+        if modality in OF_ONE_SHAPE:
             write_json(_shapes_path(folder, number), sorted(map(list, shapes)))
     entry = finished(folder, number)
     assert entry is not None, f"shard {number} vanished from {folder}"
@@ -325,7 +326,7 @@ def _grid(folder: Path, shards: Shards) -> list[int] | None:
     if (folder / "index.json").is_file():  # an earlier attempt was killed after this was settled
         found: list[int] | None = read_json(folder / "index.json")["grid"]
         return found
-    if shards.modality not in ("image", "table"):
+    if shards.modality not in OF_ONE_SHAPE:
         return None
     shapes = {
         tuple(shape)

@@ -141,9 +141,6 @@ class LPIPS(nn.Module):
         return total
 
 
-# --- adversarial ------------------------------------------------------------------------
-
-
 def lpips_of_images(
     weights: Path, device: str
 ) -> Callable[[Sequence[np.ndarray], Sequence[np.ndarray]], float]:
@@ -160,6 +157,9 @@ def lpips_of_images(
             return sum(float(network(scaled(a), scaled(b))) for a, b in pairs)
 
     return summed
+
+
+# --- adversarial ------------------------------------------------------------------------
 
 
 class Adversarial(TokenizerSettings):

@@ -75,12 +75,12 @@ class Learner:
     ) -> None:
         """Steps after `symbols` (R, t), of rows that end after `lengths` (R,) positions: what
         stands past a row's end teaches nothing."""
-        seen = symbols.shape[1]
+        rows, seen = symbols.shape
+        newest = max(0, seen - self.context)
         for step in range(self.settings.steps):
-            newest = max(0, seen - self.context)
-            starts = np.full(len(symbols), newest)
+            starts = np.full(rows, newest)
             if step and newest:
-                starts = self._replay.integers(0, newest + 1, len(symbols))
+                starts = self._replay.integers(0, newest + 1, rows)
             places = starts[:, None] + np.arange(min(seen, self.context))
             self._step(np.take_along_axis(symbols, places, 1), cond, places < lengths[:, None])
 

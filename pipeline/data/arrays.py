@@ -91,7 +91,7 @@ class SklearnDigits(SourceSettings):
         return ArraySource(images, digits.target.astype(np.int64), where=where)
 
     def files(self) -> list[Path]:
-        path = _sklearn_data("datasets") / "data" / "digits.csv.gz"
+        path = _sklearn_datasets() / "data" / "digits.csv.gz"
         return [path] if path.is_file() else []
 
 
@@ -121,7 +121,7 @@ class SklearnTable(SourceSettings):
         return _TableSource(np.asarray(load().data, np.float64), self.name)
 
     def files(self) -> list[Path]:
-        _sklearn_data("datasets")
+        _sklearn_datasets()
         return []
 
 
@@ -132,12 +132,12 @@ def _squares(picture: np.ndarray, side: int) -> np.ndarray:
     return cut.transpose(0, 2, 1, 3).reshape(-1, side * side)
 
 
-def _sklearn_data(name: str) -> Path:
-    """A path within scikit-learn, without the second that importing it takes; SourceError."""
+def _sklearn_datasets() -> Path:
+    """Where scikit-learn keeps its data, without the second its import takes; SourceError."""
     found = importlib.util.find_spec("sklearn")
     if found is None or found.origin is None:
         raise SourceError("scikit-learn is not installed, and the data are part of it")
-    return Path(found.origin).parent / name
+    return Path(found.origin).parent / "datasets"
 
 
 class Idx(SourceSettings):

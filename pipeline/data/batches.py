@@ -170,8 +170,7 @@ class Mixture:
         return self._fetch(self.pieces(first, first + share), share, first, step)
 
     def _fetch(self, pieces: np.ndarray, rows: int, position: int, step: int) -> Batch:
-        dtype = np.float32 if self.vocabulary.continuous else np.int64
-        x = np.zeros((rows, self.context), dtype)
+        x = np.zeros((rows, self.context), self.vocabulary.batch_dtype)
         cond = np.full(rows, -1, np.int64) if self._conditioned else None
         documents = np.full((rows, self.context), -1, np.int64) if self._packed else None
         mask = np.zeros((rows, self.context), np.bool_)

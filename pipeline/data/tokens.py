@@ -17,6 +17,8 @@ from chainrule.pipeline.data.reader import (
 )
 from chainrule.pipeline.data.vocabulary import Vocabulary
 
+OF_ONE_SHAPE = ("image", "table")
+"""Modalities whose samples have a shape, the same for all of a set if it is to be a grid."""
 LARGE = 1 << 16  # bytes; of a longer sample a piece alone is read, once the whole was checked
 CACHE = 1 << 28  # bytes of tokens that a set keeps in memory once they were read
 

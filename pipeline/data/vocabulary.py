@@ -55,6 +55,11 @@ class Vocabulary(Settings):
             return np.dtype(np.float32)
         return np.dtype(np.min_scalar_type(self.size - 1))
 
+    @property
+    def batch_dtype(self) -> np.dtype[Any]:
+        """What a model takes: int64 ids, or float32 numbers."""
+        return np.dtype(np.float32 if self.continuous else np.int64)
+
     def as_dict(self) -> dict[str, Any]:
         return self.model_dump(mode="json")
 

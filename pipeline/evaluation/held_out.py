@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from chainrule.pipeline.data.reader import ShardError, Shards
-from chainrule.pipeline.data.tokens import TokenSet
+from chainrule.pipeline.data.tokens import OF_ONE_SHAPE, TokenSet
 from chainrule.pipeline.data.vocabulary import Vocabulary
 from chainrule.pipeline.stage import StageFailed
 
@@ -58,7 +58,7 @@ class Encoded:
 
     @cached_property
     def grid(self) -> tuple[int, ...] | None:
-        return tuple(self[0][0].shape) if self.modality in ("image", "table") else None
+        return tuple(self[0][0].shape) if self.modality in OF_ONE_SHAPE else None
 
     def training(self) -> Iterator[np.ndarray]:
         for sample in self.shards.iterate("train"):
@@ -96,8 +96,8 @@ def event_batches(
     """(B, *event_shape) tokens and, for a `conditional` model, (B,) classes, in order."""
     for start in range(todo.start, todo.stop, batch_size):
         pairs = [tokens[i] for i in range(start, min(start + batch_size, todo.stop))]
-        dtype = np.float32 if tokens.vocabulary.continuous else np.int64
-        x = torch.from_numpy(np.stack([t.ravel() for t, _ in pairs]).astype(dtype))
+        stacked = np.stack([t.ravel() for t, _ in pairs])
+        x = torch.from_numpy(stacked.astype(tokens.vocabulary.batch_dtype))
         cond = None
         if conditional:
             cond = torch.tensor([label_of(meta) for _, meta in pairs])

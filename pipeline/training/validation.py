@@ -1,6 +1,5 @@
 """Loss on held-out tokens, and the best guess that ignores the context."""
 
-import math
 from collections.abc import Sequence
 from itertools import islice
 
@@ -10,6 +9,7 @@ import torch
 from chainrule.pipeline.artifact import Artifact, ArtifactError
 from chainrule.pipeline.data.batches import Mixture, mixture_of, sequential
 from chainrule.pipeline.data.tokens import TokenSet
+from chainrule.pipeline.evaluation.densities import independent_gaussian_nats
 from chainrule.pipeline.evaluation.likelihood import unigram_nats
 from chainrule.pipeline.training.engine import Engine
 from chainrule.pipeline.training.objective import Objective
@@ -73,9 +73,7 @@ def context_free_loss(training: TokenSet, held_out: TokenSet, at_most: int = 20_
     """
     if training.vocabulary.continuous:
         train, held = _rows(training, at_most), _rows(held_out, at_most)
-        mean, deviation = train.mean(axis=0), np.maximum(train.std(axis=0), 1e-12)
-        z = (held - mean) / deviation
-        return float((0.5 * z**2 + np.log(deviation) + 0.5 * math.log(2 * math.pi)).mean())
+        return independent_gaussian_nats(train, held) / train.shape[1]
     return unigram_nats(_counts(training, at_most), _counts(held_out, at_most))
 
 

@@ -116,12 +116,12 @@ def best_rates(runs: Sequence[Run]) -> dict[str, dict[int, float]]:
 
 def picture(runs: Sequence[Run], path: Path) -> None:
     """Loss against learning rate, a curve a width, a panel a way."""
-    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(WAYS), figsize=(10, 4), sharey=True)
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(WAYS), sharey=True)
     for axis, way in zip(axes, WAYS, strict=True):
         for width in sorted({run.width for run in runs}):
             some = [run for run in runs if run.way == way and run.width == width]
@@ -132,6 +132,4 @@ def picture(runs: Sequence[Run], path: Path) -> None:
         axis.set_xlabel("learning rate")
     axes[0].set_ylabel("nats a byte, last tenth of the steps")
     axes[0].legend(title="width")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    figure.savefig(path, dpi=120, metadata={"Software": None})
