@@ -40,11 +40,9 @@ class Paper:
         return config.batch_size * steps
 
 
-def on_paper(config: Any, height: int, width: int, channels: int) -> Paper | None:
-    """Count; None for a tokenizer that learns without steps. TokenizerError where the images are
-    too small for the discriminator, or LPIPS's weights are not there."""
-    if config.tokenizer.kind not in LEARNED:
-        return None
+def on_paper(config: Any, height: int, width: int, channels: int) -> Paper:
+    """Count, for a tokenizer that is learned in steps. TokenizerError where the images are too
+    small for the discriminator, or LPIPS's weights are not there."""
     shape = (channels, height, width)
     alone = _rehearse(config, shape, 1, joined=False)
     # casts of weights and the codebook are kept once, however many images there are

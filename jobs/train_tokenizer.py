@@ -40,7 +40,7 @@ from chainrule.tokenizers.text import SentencePieceSettings, SentencePieceTokeni
 from chainrule.tokenizers.vqgan import VQGANSettings
 from chainrule.tokenizers.vqvae import VQVAESettings
 
-__all__ = ["INPUTS", "Config", "main", "on_paper"]
+__all__ = ["INPUTS", "Config", "is_learned", "main", "on_paper"]
 
 INPUTS: dict[str, Input] = {"data": Input(("ingest",))}
 
@@ -143,6 +143,11 @@ _OF_LEARNED = {
 }
 
 
+def is_learned(config: Config) -> bool:
+    """Whether the tokenizer is trained in steps, not fitted or fixed."""
+    return config.tokenizer.kind in LEARNED
+
+
 def main(config: Config, stage: Stage) -> None:
     data = stage.input("data")
     if (stage.folder / "card.json").is_file():
@@ -155,7 +160,7 @@ def main(config: Config, stage: Stage) -> None:
         raise StageFailed(
             f"{data.folder}: holds {shards.modality}; tokenizer kind {kind} is for {MODALITY[kind]}"
         )
-    if kind in LEARNED:
+    if is_learned(config):
         tokenizer = train(config, stage, shards)
     elif not stage.is_main:
         return
@@ -315,7 +320,7 @@ def finish(
         stage.picture(stage.folder / "reconstructions.png")
     elif tokenizer.modality == "text":
         facts["health"] = text_health(tokenizer, shards)
-    if config.tokenizer.kind in LEARNED:
+    if is_learned(config):
         facts["steps"] = config.steps
     if hasattr(tokenizer, "facts"):
         tokenizer.facts.update(facts)

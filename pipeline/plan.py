@@ -9,9 +9,16 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from chainrule.pipeline.artifact import MANIFEST, read_json
 from chainrule.pipeline.config import RequestError, nearest
 from chainrule.pipeline.graph import Pipeline, StageSpec
+from chainrule.pipeline.plan_inputs import (
+    assumed,
+    from_tokens,
+    image_shape,
+    model_of,
+    published,
+    unsettled,
+)
 
 BYTES_OF = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 """Slurm's suffixes of --mem."""
@@ -40,8 +47,6 @@ DEVICES = {
     "b200": Device(180e9, 75e12, 2250e12),
     "mi300x": Device(192e9, 163e12, 1307e12),
 }
-CHARACTERS = 256
-"""Taken for the vocabulary of a text's characters until the text has been read."""
 RESERVED = 0.07
 """Share of a GPU's memory that the driver, the libraries and fragmentation take."""
 UTILISATION = 0.4
@@ -87,7 +92,7 @@ def _plan_of(
         found |= _sample(pipeline, spec)
     elif spec.job in ("ingest", "pretokenize"):
         found |= _shards(pipeline, spec.name)
-    elif spec.job == "train_tokenizer" and hasattr(spec.config.tokenizer, "codebook_size"):  # type: ignore[attr-defined]
+    elif spec.job == "train_tokenizer" and spec.module.is_learned(spec.config):
         found |= _tokenizer(pipeline, spec, found["gpu"], utilisation)
     return found
 
@@ -97,20 +102,11 @@ def ranks_of(spec: StageSpec) -> int:
     return resources.nodes * (resources.gpus or resources.processes)
 
 
-# --- what the tokens will be ---------------------------------------------------------------
-
-
-def _published(pipeline: Pipeline, stage: str) -> dict[str, Any] | None:
-    """index.json of shards that have been made."""
-    folder = pipeline.folder(stage)
-    if (folder / MANIFEST).is_file() and (folder / "index.json").is_file():
-        index: dict[str, Any] = read_json(folder / "index.json")
-        return index
-    return None
+# --- stages -------------------------------------------------------------------------------
 
 
 def _shards(pipeline: Pipeline, stage: str) -> dict[str, Any]:
-    index = _published(pipeline, stage)
+    index = published(pipeline, stage)
     if index is None:
         return {"shards": None, "note": "shards and bytes are known once it has run"}
     entries = index["shards"]
@@ -122,112 +118,6 @@ def _shards(pipeline: Pipeline, stage: str) -> dict[str, Any]:
     if index["kind"] == "tokens":
         found["tokens"] = sum(entry["tokens"] for entry in entries)
     return found
-
-
-def _from_tokens(pipeline: Pipeline, spec: StageSpec) -> dict[str, Any]:
-    """What the token stages settle of a model: from their index, else from their settings."""
-    settled: dict[str, Any] = {}
-    sizes: list[int | None] = []
-    real = False
-    for name in spec.inputs.get("tokens", []):
-        index = _published(pipeline, name)
-        if index is not None:
-            sizes.append(index["vocabulary"]["size"])
-            real = real or not sizes[-1]
-            settled["image"] = index["modality"] == "image"
-            if index["grid"]:
-                settled["event_shape"] = tuple(index["grid"])
-            if index["classes"]:
-                settled["classes"] = len(index["classes"])
-        elif name in pipeline.stages:
-            foreseen = _foreseen(pipeline, pipeline.stages[name])
-            sizes.append(foreseen.pop("vocabulary_size", None))
-            real = real or foreseen.pop("real", False)
-            settled |= foreseen
-    if real:
-        settled["vocabulary_size"] = None  # numbers are no tokens: a density
-    elif sizes and None not in sizes:
-        settled["vocabulary_size"] = sum(size for size in sizes if size is not None)
-    return settled
-
-
-def _foreseen(pipeline: Pipeline, tokens: StageSpec) -> dict[str, Any]:
-    """Vocabulary and grid of token shards that are not made yet, from the settings above them."""
-    found: dict[str, Any] = {}
-    [source] = tokens.inputs["tokenizer"]
-    if source not in pipeline.stages:
-        return found
-    tokenizer: Any = pipeline.stages[source].config.tokenizer  # type: ignore[attr-defined]
-    found["real"] = tokenizer.kind == "standardize"
-    found["image"] = tokenizer.kind in ("vqvae", "vqgan", "palette", "pixels")
-    extra = 2 if tokenizer.kind == "sentencepiece" else 0  # bos, eos
-    fixed = {"bytes": 258, "mulaw": 256, "characters": CHARACTERS}
-    if tokenizer.kind in fixed:
-        found["vocabulary_size"] = fixed[tokenizer.kind]
-    if tokenizer.kind == "characters":
-        found["guessed"] = ("vocabulary_size",)
-    for field in ("codebook_size", "vocabulary_size", "colours", "levels"):
-        size = getattr(tokenizer, field, None)
-        if isinstance(size, int):
-            found["vocabulary_size"] = size + extra
-            break
-    [data] = tokens.inputs["data"]
-    side = None
-    if data in pipeline.stages:
-        side = getattr(pipeline.stages[data].config.source, "size", None)  # type: ignore[attr-defined]
-    factor = getattr(tokenizer, "downsampling", 1)
-    if isinstance(side, int):
-        side = (side, side)
-    if side is not None:
-        found["event_shape"] = (side[0] // factor, side[1] // factor)
-    return found
-
-
-def _assumed(spec: StageSpec, settled: dict[str, Any]) -> list[str]:
-    """What is taken from the model's preset, or guessed, because no token shards settle it yet."""
-    asked: Any = spec.config.model  # type: ignore[attr-defined]
-    given = {} if isinstance(asked, str) else asked
-    open_still = {"vocabulary_size"}
-    if settled.get("image") and "context" not in given:
-        open_still.add("event_shape")
-    open_still -= settled.keys() - {*settled.get("guessed", ())}
-    return sorted(open_still - given.keys())
-
-
-def _unsettled(spec: StageSpec, settled: dict[str, Any]) -> dict[str, Any] | None:
-    """What is said of a model whose length only the tokens can tell (rows of a table)."""
-    asked: Any = spec.config.model  # type: ignore[attr-defined]
-    given = {} if isinstance(asked, str) else asked
-    preset = isinstance(asked, str) or "preset" in given
-    if preset or settled.get("vocabulary_size", 0) is not None or "event_shape" in settled:
-        return None
-    if {"context", "event_shape"} & given.keys():
-        return None
-    tokens = ", ".join(spec.inputs["tokens"])
-    return {"note": f"planned once {tokens} has run: how many numbers a row has is not known yet"}
-
-
-def model_of(spec: StageSpec, settled: dict[str, Any]) -> Any:
-    """The model's config: what was asked for, and what the tokens settle (or will)."""
-    from chainrule.pipeline.models.registry import FAMILIES, PRESETS, resolve
-
-    asked: Any = spec.config.model  # type: ignore[attr-defined]
-    asked = {"preset": asked} if isinstance(asked, str) else dict(asked)
-    family = asked.get("family") or PRESETS[asked["preset"]]["family"]
-    fields = FAMILIES[family][0].model_fields
-    settled = {key: value for key, value in settled.items() if key in fields and key not in asked}
-    if "event_shape" in settled and "context" in asked:
-        settled.pop("event_shape")
-    # a preset's `bos` belongs to its own vocabulary
-    if "bos" in fields and "vocabulary_size" in settled and "bos" not in asked:
-        settled["bos"] = None
-    try:
-        return resolve(asked, **settled)
-    except ValueError as error:
-        raise RequestError(f"stage '{spec.name}': {error}") from None
-
-
-# --- stages -------------------------------------------------------------------------------
 
 
 def _pretrain(
@@ -243,11 +133,11 @@ def _pretrain(
         parameter_count,
     )
     from chainrule.pipeline.plan_schemes import choices, option, remedy, words
-    from chainrule.pipeline.training.throughput import flops_per_element, measured_peak
+    from chainrule.pipeline.training.throughput import flops_per_element
 
     config: Any = spec.config
-    settled = _from_tokens(pipeline, spec)
-    if (open_still := _unsettled(spec, settled)) is not None:
+    settled = from_tokens(pipeline, spec)
+    if (open_still := unsettled(spec, settled)) is not None:
         return open_still
     model = model_of(spec, settled)
     ranks = ranks_of(spec)
@@ -273,7 +163,7 @@ def _pretrain(
         checkpointing=config.engine.activation_checkpointing,
         offload_optimizer=config.engine.offload_optimizer != "none",
         offload_parameters=config.engine.offload_parameters != "none",
-        moments=moments_a_parameter(model, config.optimizer),
+        moments=moments_a_parameter(built, config.optimizer),
         average=config.ema is not None,
     )
     activations = Activations.count(model, config.precision, gpu=spec.resources.gpus > 0)
@@ -281,26 +171,22 @@ def _pretrain(
     options = [option(parameters, choice, activations, limit) for choice in choices(scheme)]
     chosen = next(found for found in options if found["scheme"] == words(scheme))
     tokens = config.steps * config.batch_size * length
-    peak = (
-        DEVICES[gpu].peak(config.precision)
-        if gpu is not None
-        else measured_peak(torch.device("cpu"), config.precision)
-    )
+    peak = _peak(gpu, config.precision, ranks)
     checkpoint = round(parameters * 4 * (1 + scheme.moments + (config.ema is not None)))
     found: dict[str, Any] = {
         "model": model.model_dump(mode="json"),
         "parameters": parameters,
         "length": length,
-        "assumed": _assumed(spec, settled),
+        "assumed": assumed(spec, settled),
         "rows_per_micro_batch": scheme.rows,
         "tokens_per_step": config.batch_size * length,
         "tokens": tokens,
         "flops_per_token": flops,
         "flops": flops * tokens,
-        "peak": peak * (ranks if gpu is not None else 1),
+        "peak": peak,
         "utilisation": utilisation,
-        "hours": flops * tokens / (peak * (ranks if gpu else 1) * utilisation) / 3600,
-        "tokens_per_day": peak * (ranks if gpu else 1) * utilisation / flops * 86400,
+        "hours": flops * tokens / (peak * utilisation) / 3600,
+        "tokens_per_day": peak * utilisation / flops * 86400,
         "memory": options,
         "chosen": chosen,
         "limit": limit,
@@ -318,14 +204,11 @@ def _tokenizer(
     pipeline: Pipeline, spec: StageSpec, gpu: str | None, utilisation: float
 ) -> dict[str, Any]:
     """A learned tokenizer: both networks, their optimisers, what is kept for backward."""
-    import torch
-
     from chainrule.pipeline.plan_memory import WEIGHT_BYTES, heap_of
-    from chainrule.pipeline.training.throughput import measured_peak
 
     config: Any = spec.config
     [data] = spec.inputs["data"]
-    image = _image_shape(pipeline, data, config.crop)
+    image = image_shape(pipeline, data, config.crop)
     if image is None:
         return {
             "note": f"planned once '{data}' has run: the size of its images is not known "
@@ -343,11 +226,12 @@ def _tokenizer(
         raise RequestError(f"stage '{spec.name}': {error}") from None
     trained = paper.parameters + paper.discriminator
     activations = rows * paper.activations
-    buffers = paper.fixed + (4 * paper.parameters if ranks > 1 else 0)  # gradients as one message
+    heap = 0 if spec.resources.gpus else heap_of(activations)
+    buffers = paper.fixed + heap
+    if ranks > 1:
+        buffers += 4 * paper.parameters  # gradients as one message
     if config.precision != "fp32":
         buffers += WEIGHT_BYTES[config.precision] * trained
-    if not spec.resources.gpus:
-        buffers += heap_of(activations)
     average = 4 * paper.parameters if config.ema else 0
     memory = {
         "parameters": 4 * trained,
@@ -357,11 +241,7 @@ def _tokenizer(
         "activations": activations,
     }
     total, limit = sum(memory.values()), _limit(spec, gpu)
-    peak = (
-        DEVICES[gpu].peak(config.precision) * ranks
-        if gpu is not None
-        else measured_peak(torch.device("cpu"), config.precision)
-    )
+    peak = _peak(gpu, config.precision, ranks)
     flops = paper.training_flops(config)
     checkpoint = 12 * trained + average
     found = {
@@ -380,7 +260,7 @@ def _tokenizer(
         "checkpoint_bytes": checkpoint,
     }
     if limit is not None and total > limit:
-        states = total - activations - (0 if spec.resources.gpus else heap_of(activations))
+        states = total - activations - heap
         found["remedy"] = _fewer_rows(rows, limit - states, activations / rows)
     return found
 
@@ -393,31 +273,19 @@ def _fewer_rows(rows: int, left: float, each: float) -> str:
     return f"batch_size / {-(-rows // fit)}, or as many times the ranks ({fit} images a rank fit)"
 
 
-def _image_shape(pipeline: Pipeline, data: str, crop: int | None) -> tuple[int, int, int] | None:
-    """Height, width and channels of the images of an ingest stage; None where nothing says it."""
-    side: Any = None
-    channels = 3
-    if _published(pipeline, data) is not None:
-        from chainrule.pipeline.data.reader import Shards
-
-        shards = Shards.open(pipeline.folder(data))
-        first = shards.read("train", 0) if shards.modality == "image" else None
-        if first is not None:
-            height, width, channels = first.image().shape
-            side = (height, width)
-    elif data in pipeline.stages:
-        source: Any = pipeline.stages[data].config.source  # type: ignore[attr-defined]
-        side = getattr(source, "size", None)
-        channels = getattr(source, "channels", None) or 3
-    if crop is not None:
-        side = crop
-    if isinstance(side, int):
-        side = (side, side)
-    return None if side is None else (*side, channels)
-
-
 def _kept_for_good(config: Any) -> int:
     return config.steps // config.keep_every if config.keep_every else 0
+
+
+def _peak(gpu: str | None, precision: str, ranks: int) -> float:
+    """FLOP/s of all ranks; on a CPU, which they share, as measured here."""
+    import torch
+
+    from chainrule.pipeline.training.throughput import measured_peak
+
+    if gpu is None:
+        return measured_peak(torch.device("cpu"), precision)
+    return DEVICES[gpu].peak(precision) * ranks
 
 
 def _limit(spec: StageSpec, gpu: str | None) -> float | None:
@@ -466,8 +334,8 @@ def _sample(pipeline: Pipeline, spec: StageSpec) -> dict[str, Any]:
     if decoder not in pipeline.stages:
         return {"note": "its model lies outside this pipeline"}
     spec_of_model = pipeline.stages[decoder]
-    settled = _from_tokens(pipeline, spec_of_model)
-    if (open_still := _unsettled(spec_of_model, settled)) is not None:
+    settled = from_tokens(pipeline, spec_of_model)
+    if (open_still := unsettled(spec_of_model, settled)) is not None:
         return open_still
     model = model_of(spec_of_model, settled)
     config: Any = spec.config

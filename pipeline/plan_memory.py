@@ -24,6 +24,7 @@ import contextlib
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from chainrule.pipeline.config import Settings
 from chainrule.pipeline.models.registry import build
@@ -119,7 +120,7 @@ def training_memory(parameters: int, scheme: Scheme, activations: int, heap: int
 def kept_for_backward(config: Settings, rows: int, precision: str, gpu: bool = True) -> list[int]:
     """Bytes of each tensor that autograd keeps of a forward pass of `rows` events, without the
     weights."""
-    from chainrule.pipeline.plan_paper import Kept, fused_attention, on_cpu, on_gpu
+    from chainrule.pipeline.plan_paper import FusedAttention, Kept, on_cpu, on_gpu
 
     with torch.device("meta"):
         model = build(config)
@@ -130,7 +131,7 @@ def kept_for_backward(config: Settings, rows: int, precision: str, gpu: bool = T
             dtype = torch.long if vocabulary is not None else DTYPES[precision]
             x = torch.zeros(rows, *model.event_shape, dtype=dtype, device="meta")
             stack.enter_context(on_gpu())
-            stack.enter_context(fused_attention())
+            stack.enter_context(FusedAttention())
         else:
             stack.enter_context(on_cpu(precision))
             model.to_empty(device="cpu")
@@ -223,10 +224,8 @@ def kv_cache_bytes(config: Settings, batch: int, precision: str) -> int | None:
     return batch * each * length * WEIGHT_BYTES[precision]
 
 
-def moments_a_parameter(config: Settings, optimizer: OptimizerSettings) -> float:
+def moments_a_parameter(model: nn.Module, optimizer: OptimizerSettings) -> float:
     """Numbers that the optimiser keeps a parameter, on average: Muon has one for its matrices."""
-    with torch.device("meta"):
-        model = build(config)
     groups = parameter_groups(model, optimizer)
     sizes = [
         (sum(p.numel() for p in group["params"]), 1 if group.get("muon") else 2) for group in groups

@@ -71,12 +71,9 @@ class Kept:
         return [tensor.untyped_storage().nbytes() for tensor in self._kept.values()]
 
 
-def fused_attention() -> TorchFunctionMode:
+class FusedAttention(TorchFunctionMode):
     """Attention as a fused kernel keeps it for backward."""
-    return _FusedAttention()
 
-
-class _FusedAttention(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:

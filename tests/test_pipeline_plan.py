@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import pytest
 import torch
@@ -60,6 +61,11 @@ def pipeline_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "small.yaml"
     path.write_text(PIPELINE)
     return path
+
+
+def plan_of(stage: str, path: Path, overrides: list[str]) -> dict[str, Any]:
+    [found] = [found for found in plan(load_pipeline(path, overrides)) if found["stage"] == stage]
+    return found
 
 
 @pytest.mark.slow
@@ -166,10 +172,10 @@ def test_muon_keeps_one_number_for_a_matrix_and_adamw_two() -> None:
         for value in state.values()
         if value.dim() > 0
     )
-    moments = moments_a_parameter(config, settings)
+    moments = moments_a_parameter(model, settings)
     assert 1 < moments < 2
     assert moments * parameter_count(config) == pytest.approx(kept)
-    assert moments_a_parameter(config, OptimizerSettings()) == 2
+    assert moments_a_parameter(model, OptimizerSettings()) == 2
     memory = training_memory(1000, Scheme(moments=moments), 0)
     assert memory.optimizer == int(4000 * moments)
 
@@ -221,11 +227,7 @@ def test_a_learned_tokenizer_is_planned_with_both_networks(pipeline_file: Path) 
         "codes.adversarial={start: 15000, channels: 8, layers: 1}",
         "codes.ema=0.99",
     ]
-    [codes] = [
-        found
-        for found in plan(load_pipeline(pipeline_file, overrides))
-        if found["stage"] == "codes"
-    ]
+    codes = plan_of("codes", pipeline_file, overrides)
     settings = VQGANSettings(downsampling=8, channels=16, codebook_size=64)
     network, judge = VQGANTokenizer.build(settings, 3), Discriminator(3, 8, 1)
     n, d = (sum(p.numel() for p in m.parameters()) for m in (network, judge))
@@ -267,8 +269,7 @@ def test_a_learned_tokenizer_is_planned_with_both_networks(pipeline_file: Path) 
 
 
 def test_a_tokenizer_of_images_of_unknown_size_says_what_is_missing(pipeline_file: Path) -> None:
-    plans = plan(load_pipeline(pipeline_file, ["pictures.source.size=null"]))
-    [codes] = [found for found in plans if found["stage"] == "codes"]
+    codes = plan_of("codes", pipeline_file, ["pictures.source.size=null"])
     assert "the size of its images is not known" in codes["note"]
 
 
@@ -279,11 +280,7 @@ def test_a_tokenizer_that_does_not_fit_is_told_how_many_images_would(pipeline_fi
         "codes.batch_size=256",
         "codes.resources={gpus: 1, gpu_type: a10}",
     ]
-    [codes] = [
-        found
-        for found in plan(load_pipeline(pipeline_file, overrides))
-        if found["stage"] == "codes"
-    ]
+    codes = plan_of("codes", pipeline_file, overrides)
     assert not codes["memory"]["fits"]
     assert re.search(r"batch_size / \d+, or as many times the ranks", codes["remedy"])
     assert "DOES NOT FIT" in text([codes])
