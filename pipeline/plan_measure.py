@@ -1,6 +1,7 @@
 """What a plan says, measured: real steps of one process, their time and their memory."""
 
 import contextlib
+import ctypes
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,9 @@ def _begin_peak(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
+    # what was freed before would be taken again without being seen: back to the kernel with it
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc
+        libc.malloc_trim(0)
     # resets VmHWM to VmRSS; where it may not, the peak so far stands
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
