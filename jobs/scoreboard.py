@@ -21,8 +21,9 @@ from chainrule.jobs.compress import class_chooser, open_adapter, verify_containe
 from chainrule.jobs.sample import open_source
 from chainrule.pipeline.artifact import Artifact, write_json
 from chainrule.pipeline.coding import container
-from chainrule.pipeline.coding.archive import Named, pack
+from chainrule.pipeline.coding.archive import LARGER, Named, pack
 from chainrule.pipeline.coding.blocks import Layout
+from chainrule.pipeline.coding.forms import write_wav
 from chainrule.pipeline.config import RequestError, runtime
 from chainrule.pipeline.data.reader import Sample, Shards
 from chainrule.pipeline.evaluation import codecs
@@ -72,6 +73,9 @@ class Row:
     decode_per_second: float | None = None
     """None where a way cannot be decoded by itself (primed)."""
     verified: bool = False
+    stored: int = 0
+    """Files that the model was not made for, stored without it, and why the first of them was."""
+    why_stored: str = ""
 
 
 @dataclass
@@ -100,14 +104,15 @@ class Files:
         return found
 
     def _add(self, sample: Sample) -> None:
-        suffix = next(name for name in sample.members if name != "json")
-        self.named.append((f"{sample.key}.{suffix}", sample.members[suffix]))
         if self.modality == "text":
+            self.named.append((f"{sample.key}.txt", sample.members["txt"]))
             self.things.append(sample.members["txt"])
         elif self.modality == "image":
+            self.named.append((f"{sample.key}.png", sample.members["png"]))
             self.things.append(sample.image())
-        else:
+        else:  # shards hold FLAC, which is a codec's: models are given the samples
             samples, self.rate = sample.audio()
+            self.named.append((f"{sample.key}.wav", write_wav(samples, self.rate)))
             self.things.append(samples)
         self.units += _units(self.things[-1])
 
@@ -223,6 +228,12 @@ def model_row(config: Config, artifact: Artifact, files: Files, folder: Path) ->
         source.model, adapter, files.named, config.layout, class_chooser(source)
     )
     encoded = time.monotonic()
+    stored = [report for report in reports if report.ideal_bytes is None]
+    if len(stored) == len(reports) and stored[0].why != LARGER:
+        raise StageFailed(
+            f"{artifact.folder}: codes none of the {len(reports)} files; "
+            f"{stored[0].name}: {stored[0].why}"
+        )
     header["model"] = {"fingerprint": source.card["fingerprint"], "folder": str(artifact.folder)}
     path = folder / ".scoreboard.cr"
     try:
@@ -245,14 +256,17 @@ def model_row(config: Config, artifact: Artifact, files: Files, folder: Path) ->
         files.units / max(encoded - began, 1e-9),
         files.units / max(decoded - encoded, 1e-9),
         True,
+        len(stored),
+        stored[0].why if stored else "",
     )
 
 
 def table(rows: Sequence[Row], unit: str) -> str:
     """The scoreboard as a Markdown table, best first."""
     lines = [
-        f"| coder | way | {unit} | ideal | with the model's bytes | bytes | encode/s | decode/s |",
-        "|---|---|--:|--:|--:|--:|--:|--:|",
+        f"| coder | way | {unit} | ideal | with the model's bytes | bytes | encode/s | decode/s "
+        "| stored |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
         ideal = f"{row.ideal_bits:.3f}" if row.ideal_bits is not None else ""
@@ -260,7 +274,7 @@ def table(rows: Sequence[Row], unit: str) -> str:
         decode = f"{row.decode_per_second:,.0f}" if row.decode_per_second else ""
         lines.append(
             f"| {row.name} | {row.way} | {row.bits:.3f} | {ideal} | {heavy} | "
-            f"{row.coded_bytes:,} | {row.encode_per_second:,.0f} | {decode} |"
+            f"{row.coded_bytes:,} | {row.encode_per_second:,.0f} | {decode} | {row.stored or ''} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -232,6 +232,10 @@ def test_recordings_come_back_to_the_sample(tmp_path, bits):
     back, reports = through_a_container(tmp_path, model, Adapter(tokenizer), files)
     assert back == files
     assert reports[0].how == "model (wav)"
+    header = container.read(tmp_path / "files.cr").header
+    extras = {file["name"]: file.get("extra") for file in header["files"]}
+    assert extras["tone.wav"] == 0
+    assert extras["tail.wav"] == 44 + 12
     assert reports[0].coded_bytes <= reports[0].ideal_bytes * 1.001 + 64
     assert [r.how.startswith("model") for r in reports[4:]] == [False] * 3
     assert "44100 Hz" in reports[5].why

@@ -11,12 +11,14 @@ from PIL import Image
 from chainrule.jobs import scoreboard
 from chainrule.jobs.scoreboard import Config
 from chainrule.pipeline.config import RequestError
+from chainrule.pipeline.data.audio import encode_flac
 from chainrule.pipeline.data.shards import ShardWriter, finish, key_of
 from chainrule.pipeline.evaluation import codecs
 from chainrule.pipeline.models.folder import save
 from chainrule.pipeline.models.registry import build
 from chainrule.pipeline.stage import StageFailed
 from chainrule.tokenizers.bytes import ByteTokenizer
+from chainrule.tokenizers.mulaw import MuLawSettings, MuLawTokenizer
 
 TEXTS = ["some text that repeats, repeats and repeats. " * 12, "another document. " * 20]
 
@@ -117,6 +119,30 @@ def test_flac_is_exact():
     assert codecs.same(samples, flac.decode(flac.encode(samples)))
     tone = (9000 * np.sin(np.arange(8000) / 20)).astype(np.int16)
     assert len(flac.encode(tone)) < tone.nbytes / 2
+
+
+def test_recordings_are_coded_by_the_model_not_stored(tmp_path):
+    """Shards hold FLAC, which no form of a model takes: it is given the samples."""
+    noise = np.random.default_rng(0).normal(0, 300, (3, 600))
+    tones = (9000 * np.sin(np.arange(600) / 40) + noise).astype(np.int16)
+    data = shards(tmp_path / "audio", "audio", [{"flac": encode_flac(t, 8000)} for t in tones])
+    tokenizer = MuLawTokenizer(MuLawSettings(), sample_rate=8000)
+    wavenet = build("wavenet-debug", seed=0, vocabulary_size=256, event_shape=[100])
+    folder = tmp_path / "model"
+    tokenizer.save(folder / "tokenizer")
+    about = {"kind": "mulaw", "fingerprint": tokenizer.fingerprint, "path": "tokenizer"}
+    save(wavenet, folder, {"modality": "audio", "classes": None, "tokenizer": about})
+    scoreboard.scoreboard([folder], data, tmp_path / "out", Config(least_row=64))
+    found = json.loads((tmp_path / "out" / "scoreboard.json").read_text())
+    [mine] = [row for row in found["rows"] if row["ideal_bits"] is not None]
+    assert mine["stored"] == 0
+    codes = [tokenizer.encode([tone])[0] for tone in tones]
+    of = np.bincount(tokenizer.encode([np.arange(-32768, 32768).astype(np.int16)])[0])
+    places = sum(np.log2(of[code]).sum() for code in codes) / tones.size
+    assert mine["ideal_bits"] == pytest.approx(places + 8, abs=0.5)  # untrained: 8 bits a code
+    other = shards(tmp_path / "fast", "audio", [{"flac": encode_flac(t, 16000)} for t in tones])
+    with pytest.raises(StageFailed, match="codes none of the 3 files; .*16000 Hz"):
+        scoreboard.scoreboard([folder], other, tmp_path / "out2")
 
 
 def test_a_model_of_something_else_is_refused(model, tmp_path):

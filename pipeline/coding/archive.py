@@ -22,6 +22,7 @@ from chainrule.pipeline.coding.entropy import CodingError, Decoder, Encoder, lea
 from chainrule.pipeline.coding.forms import Adapter, NotForModel, Split, Symbols
 
 Named = tuple[str, bytes]
+LARGER = "larger under the model than under zstd"
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def pack(
         if not larger:
             break
         for i in larger:  # fewer files, other batches: what remains is coded again
-            splits[i] = NotForModel("larger under the model than under zstd")
+            splits[i] = NotForModel(LARGER)
     return _assemble(model, files, splits, coded, classes, fallback, layout)
 
 

@@ -10,7 +10,7 @@ form of the model fits raises `NotForModel` with the reason, and is stored witho
             model's: one item a tile, row by row
     wav     16-bit mono PCM: the samples as codes, and each sample's place within its code's
             values coded uniformly (a two-part code; the second part is empty for a lossless
-            tokenizer)
+            tokenizer); of a header as most programs write it, the rate alone is kept
 
 A PNG comes back byte for byte if Pillow's encoder, at one of its levels, writes what the
 original holds; otherwise with equal pixels and its other chunks kept (`exact: "pixels"`).
@@ -193,7 +193,10 @@ class Adapter:
             raise NotForModel(f"{rate} Hz; the model's audio has {expected} Hz")
         tokens = self.tokenizer.encode([samples])[0]
         symbols = np.asarray(tokens, dtype=np.int64)
-        split = Split("wav", [symbols], {"head": len(head), "parts": 1}, head + tail)
+        if head + tail == write_wav(samples[:0], rate, len(samples)):
+            split = Split("wav", [symbols], {"rate": rate, "parts": 1})
+        else:
+            split = Split("wav", [symbols], {"head": len(head), "parts": 1}, head + tail)
         if not np.array_equal(self.tokenizer.decode([tokens])[0], samples):
             _, values, first = self._code_bins()
             rank = np.empty(1 << 16, dtype=np.int64)
@@ -216,6 +219,8 @@ class Adapter:
         else:
             _, values, first = self._code_bins()
             samples = values[first[items[0]] + places].astype("<i2")
+        if "rate" in side:
+            return write_wav(samples, side["rate"])
         return extra[: side["head"]] + samples.tobytes() + extra[side["head"] :]
 
 
@@ -318,6 +323,15 @@ def _write_png(pixels: npt.NDArray[np.uint8], level: int | None, extra: bytes) -
 
 
 # files of samples
+
+
+def write_wav(samples: np.ndarray, rate: int, length: int | None = None) -> bytes:
+    """16-bit mono PCM behind the plainest header, of 44 bytes; `length`: of the samples that the
+    header speaks of, where they come later."""
+    size = 2 * (len(samples) if length is None else length)
+    form = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, 1, rate, 2 * rate, 2, 16)
+    head = struct.pack("<4sI4s", b"RIFF", 36 + size, b"WAVE") + form
+    return head + struct.pack("<4sI", b"data", size) + samples.astype("<i2").tobytes()
 
 
 def read_wav(data: bytes) -> tuple[bytes, npt.NDArray[np.int16], bytes, int]:
