@@ -26,9 +26,9 @@ from chainrule.pipeline.coding.archive import Named, Report, pack, total_ideal_b
 from chainrule.pipeline.coding.blocks import Layout
 from chainrule.pipeline.coding.container import Container, ContainerError
 from chainrule.pipeline.coding.entropy import CodingError
-from chainrule.pipeline.coding.forms import Adapter, Symbols
+from chainrule.pipeline.coding.forms import Adapter, Symbols, write_wav
 from chainrule.pipeline.config import RequestError, runtime
-from chainrule.pipeline.data.reader import Shards
+from chainrule.pipeline.data.reader import Sample, Shards
 from chainrule.pipeline.sampling.request import Source
 from chainrule.pipeline.stage import Input, Stage, StageFailed
 
@@ -44,7 +44,7 @@ class Config(Layout):
     """Which documents are coded, and how sequences are cut into rows."""
 
     split: Literal["train", "validation"] = "validation"
-    limit: int | None = Field(None, ge=1, description="samples of the split, from its first on")
+    limit: int | None = Field(None, ge=1, description="samples, from all over the split")
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = runtime("auto", description="auto, cpu, cuda, cuda:1, …")
 
@@ -306,6 +306,14 @@ def printed(reports: Sequence[Report], container_bytes: int) -> Iterator[str]:
     )
 
 
+def named_file(sample: Sample) -> Named:
+    """A sample as a file that models code: of the FLAC that shards hold, its samples as WAV."""
+    suffix = next(name for name in sample.members if name != "json")
+    if suffix == "flac":
+        return f"{sample.key}.wav", write_wav(*sample.audio())
+    return f"{sample.key}.{suffix}", sample.members[suffix]
+
+
 # --- the stage -----------------------------------------------------------------------------------
 
 
@@ -316,15 +324,10 @@ def main(config: Config, stage: Stage) -> None:
     source = open_source(stage.input("model").folder, config.device, config.dtype)
     adapter = open_adapter(source)
     shards = Shards.open(stage.input("data").folder)
-    samples = min(config.limit or shards.count(config.split), shards.count(config.split))
-    if samples == 0:
+    found = [shards.read(config.split, i) for i in shards.spread(config.split, config.limit)]
+    named = [named_file(sample) for sample in found if sample is not None]
+    if not named:
         raise StageFailed(f"{shards.folder}: split '{config.split}' is empty")
-    named: list[Named] = []
-    for i in range(samples):
-        sample = shards.read(config.split, i)
-        if sample is not None:
-            suffix = next(name for name in sample.members if name != "json")
-            named.append((f"{sample.key}.{suffix}", sample.members[suffix]))
     began = time.monotonic()
     with stage.progress(None, "symbols coded") as progress:
         try:

@@ -70,7 +70,7 @@ INPUTS = {
 class ProbeSettings(Settings):
     """The linear probe's training set; its held-out set is the split that is evaluated."""
 
-    train: int = Field(5000, ge=20, description="training images, from the first on")
+    train: int = Field(5000, ge=20, description="training images, from all over the split")
     seed: int = Field(0, description="of the random-weight model that is compared with")
 
 
@@ -78,7 +78,7 @@ class Config(Settings):
     """What is evaluated, and how far."""
 
     split: Literal["train", "validation"] = "validation"
-    limit: int | None = Field(None, ge=1, description="samples of the split, from its first on")
+    limit: int | None = Field(None, ge=1, description="samples, from all over the split")
     stride: int | None = Field(
         None, ge=1, description="elements a later window scores; default: half the context"
     )
@@ -132,10 +132,11 @@ def main(config: Config, stage: Stage) -> None:
 def _held_out(config: Config, stage: Stage, source: Source | None) -> HeldOut | None:
     """What is scored: token shards, or raw shards through the model's tokenizer."""
     if stage.optional("tokens") is not None:
-        return Stored(TokenSet.open(stage.input("tokens").folder, config.split))
+        return Stored(TokenSet.open(stage.input("tokens").folder, config.split), config.limit)
     if source is None or source.tokenizer is None or stage.optional("data") is None:
         return None
-    return Encoded(Shards.open(stage.input("data").folder), source.tokenizer, config.split)
+    shards = Shards.open(stage.input("data").folder)
+    return Encoded(shards, source.tokenizer, config.split, config.limit)
 
 
 def likelihood(
@@ -148,8 +149,7 @@ def likelihood(
         raise StageFailed(
             f"stride {config.stride} is more than the model's context of {source.elements}"
         )
-    samples = min(config.limit or tokens.samples, tokens.samples)
-    parts = Parts(stage.folder, tokens.lengths[:samples], stage.rank, stage.world_size)
+    parts = Parts(stage.folder, tokens.lengths, stage.rank, stage.world_size)
     todo = parts.resume()
     as_events = is_events(source, tokens)
     total = int(parts.offsets[todo.stop] - parts.offsets[todo.start])
@@ -160,7 +160,7 @@ def likelihood(
     if not stage.is_main:
         return
     parts.wait(config.patience_s)
-    tally = Tally(positions=int(tokens.lengths[:samples].max()) if as_events else 4096)
+    tally = Tally(positions=int(tokens.lengths.max()) if as_events else 4096)
     for i, nats in enumerate(parts.samples()):
         tally.add(nats, label_of(tokens.meta(i)) if tokens.classes else None)
     given = " given its class" if is_conditional(source, tokens) else ""
@@ -171,12 +171,12 @@ def likelihood(
     else:
         put_tokens(figures, tokens, tally, given, windows, config.unigram_tokens)
     if as_events:
-        _figures_of_ensemble(config, source, tokens, samples, figures)
+        _figures_of_ensemble(config, source, tokens, figures)
     if tokens.modality == "text":
         data = stage.optional("data")
         raw = Shards.open(data.folder) if data is not None else None
         baseline = codecs.Baseline() if config.codecs else None
-        with stage.progress(samples if raw else None, "documents") as progress:
+        with stage.progress(tokens.samples if raw else None, "documents") as progress:
             put_text(figures, tokens, tally, raw, baseline, progress)
     elif tokens.modality == "image":
         put_images(figures, tokens, tally)
@@ -262,9 +262,7 @@ def is_conditional(source: Source, tokens: HeldOut) -> bool:
 
 
 @torch.inference_mode()
-def _figures_of_ensemble(
-    config: Config, source: Source, tokens: HeldOut, samples: int, figures: Figures
-) -> None:
+def _figures_of_ensemble(config: Config, source: Source, tokens: HeldOut, figures: Figures) -> None:
     """A MADE of several masks as the mixture of them all: one likelihood a sample."""
     model = source.model
     if not isinstance(model, MADE) or model.config.masks == 1:
@@ -273,13 +271,13 @@ def _figures_of_ensemble(
     nats = 0.0
     conditional = is_conditional(source, tokens)
     for x, cond in event_batches(
-        tokens, range(samples), model.event_shape, conditional, config.batch_size
+        tokens, range(tokens.samples), model.event_shape, conditional, config.batch_size
     ):
         given = None if cond is None else cond.to(device)
         nats -= float(model.ensemble_log_prob(x.to(device), given).double().sum())
     figures.put(
         "ensemble_nats_per_sample",
-        nats / max(samples, 1),
+        nats / tokens.samples,
         config.split,
         f"nats of -log of the mean of p(sample) over the model's {model.config.masks} masks",
     )
@@ -299,12 +297,12 @@ def reconstruct(config: Config, stage: Stage, source: Source | None, figures: Fi
             f"{shards.folder}: holds {shards.modality}, the tokenizer is one of "
             f"{tokenizer.modality}"
         )
-    samples = min(config.limit or shards.count(config.split), shards.count(config.split))
-    if samples == 0:
+    samples = shards.spread(config.split, config.limit)
+    if not samples:
         raise StageFailed(f"{shards.folder}: split '{config.split}' is empty")
     figures.fact("tokenizer", tokenizer.fingerprint)
     figures.fact("tokenizer.kind", tokenizer.kind)
-    with stage.progress(samples, "samples") as progress:
+    with stage.progress(len(samples), "samples") as progress:
         batches = _raw_batches(config, shards, samples, progress)
         if tokenizer.modality == "image":
             picture = stage.folder / "reconstructions.png"
@@ -342,13 +340,13 @@ def _tokenizer(stage: Stage, source: Source | None) -> Any:
 
 
 def _raw_batches(
-    config: Config, shards: Shards, samples: int, progress: Any
+    config: Config, shards: Shards, samples: list[int], progress: Any
 ) -> Iterator[list[Any]]:
-    for start in range(0, samples, config.batch_size):
-        stop = min(start + config.batch_size, samples)
-        found = [shards.read(config.split, i) for i in range(start, stop)]
+    for start in range(0, len(samples), config.batch_size):
+        batch = samples[start : start + config.batch_size]
+        found = [shards.read(config.split, i) for i in batch]
         yield [sample.raw(shards.modality) for sample in found if sample is not None]
-        progress.update(stop - start)
+        progress.update(len(batch))
 
 
 # --- linear probe ----------------------------------------------------------------------------

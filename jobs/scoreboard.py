@@ -17,13 +17,12 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from chainrule.jobs.compress import class_chooser, open_adapter, verify_container
+from chainrule.jobs.compress import class_chooser, named_file, open_adapter, verify_container
 from chainrule.jobs.sample import open_source
 from chainrule.pipeline.artifact import Artifact, write_json
 from chainrule.pipeline.coding import container
 from chainrule.pipeline.coding.archive import LARGER, Named, pack
 from chainrule.pipeline.coding.blocks import Layout
-from chainrule.pipeline.coding.forms import write_wav
 from chainrule.pipeline.config import RequestError, runtime
 from chainrule.pipeline.data.reader import Sample, Shards
 from chainrule.pipeline.evaluation import codecs
@@ -42,7 +41,7 @@ class Config(Layout):
     """Which files, and which ways of giving them to codecs."""
 
     split: Literal["train", "validation"] = "validation"
-    limit: int | None = Field(None, ge=1, description="samples of the split, from its first on")
+    limit: int | None = Field(None, ge=1, description="samples, from all over the split")
     primed: bool = Field(
         False, description="text: byte codecs also after the training split, as a model was"
     )
@@ -91,28 +90,26 @@ class Files:
 
     @classmethod
     def of(cls, shards: Shards, split: str, limit: int | None) -> "Files":
-        count = min(limit or shards.count(split), shards.count(split))
-        if count == 0:
+        chosen = shards.spread(split, limit)
+        if not chosen:
             raise StageFailed(f"{shards.folder}: split '{split}' is empty")
         if shards.modality not in UNITS:
             raise StageFailed(f"{shards.folder}: holds {shards.modality}; no codec is for that")
         found = cls(shards.modality, [], [], 0)
-        for i in range(count):
+        for i in chosen:
             sample = shards.read(split, i)
             assert sample is not None  # shards opened to stop at damage raise instead
             found._add(sample)
         return found
 
     def _add(self, sample: Sample) -> None:
+        self.named.append(named_file(sample))
         if self.modality == "text":
-            self.named.append((f"{sample.key}.txt", sample.members["txt"]))
             self.things.append(sample.members["txt"])
         elif self.modality == "image":
-            self.named.append((f"{sample.key}.png", sample.members["png"]))
             self.things.append(sample.image())
-        else:  # shards hold FLAC, which is a codec's: models are given the samples
+        else:
             samples, self.rate = sample.audio()
-            self.named.append((f"{sample.key}.wav", write_wav(samples, self.rate)))
             self.things.append(samples)
         self.units += _units(self.things[-1])
 

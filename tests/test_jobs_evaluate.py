@@ -11,7 +11,9 @@ import zarr
 from chainrule.jobs import evaluate
 from chainrule.jobs.evaluate import Config
 from chainrule.pipeline.artifact import Artifact, LineageError
+from chainrule.pipeline.data.reader import Shards
 from chainrule.pipeline.data.shards import ShardWriter, finish, key_of
+from chainrule.pipeline.evaluation.held_out import Encoded, label_of, labelled_images
 from chainrule.pipeline.models.folder import save
 from chainrule.pipeline.models.registry import build
 from chainrule.pipeline.stage import Stage, StageFailed
@@ -345,6 +347,20 @@ def test_masks_of_a_made_are_scored_as_one_mixture(tmp_path):
     assert "3 masks" in found["ensemble_nats_per_sample.unit"]
 
 
+def test_a_limit_takes_samples_from_all_over_the_split(tmp_path):
+    """Folders are read class after class: the first ones would be of one class."""
+    raw = Shards.open(raw_images(tmp_path / "raw"))
+    assert raw.spread("validation", 7) == [0, 5, 11, 17, 22, 28, 34]
+    assert raw.spread("validation", 1000) == raw.spread("validation") == list(range(40))
+    pixels, _ = images("validation")
+    few, of = labelled_images(raw, "validation", 7)
+    assert (few == pixels[raw.spread("validation", 7)]).all()
+    tokenizer = PixelTokenizer(PixelSettings(levels=4))
+    held_out = Encoded(raw, tokenizer, "validation", 7)
+    assert [label_of(held_out.meta(i)) for i in range(7)] == of.tolist()
+    assert (held_out[6][0] == tokenizer.encode([pixels[34]])[0]).all()
+
+
 def test_a_tokenizer_alone(tmp_path):
     tokenizer = PixelTokenizer(PixelSettings(levels=4))
     tokenizer.save(tmp_path / "tokenizer")
@@ -352,9 +368,9 @@ def test_a_tokenizer_alone(tmp_path):
     stage = stage_of(tmp_path / "out", tokenizer=tmp_path / "tokenizer", data=raw)
     evaluate.main(Config(limit=10), stage)
     found = figures(stage.folder)
-    pixels, _ = images("validation")
-    back = tokenizer.decode(tokenizer.encode(list(pixels[:10])))
-    error = np.mean((pixels[:10].astype(float) - np.stack(back)) ** 2)
+    pixels = images("validation")[0][::4]  # 10 of 40, from all over the split
+    back = tokenizer.decode(tokenizer.encode(list(pixels)))
+    error = np.mean((pixels.astype(float) - np.stack(back)) ** 2)
     assert found["mse"] == pytest.approx(error)
     assert found["codebook_usage"] == 1.0
     assert "nats" not in found

@@ -48,6 +48,9 @@ class PaletteTokenizer(Tokenizer):
         self.channels = colours.shape[1]
         self.facts = dict(facts or {})
         self._centres = torch.from_numpy(colours.astype(np.float32))
+        self._ids = np.zeros(0, np.int32)
+        """The id of each colour met so far, -1 of others: one look-up a pixel from its second
+        meeting on, where the search costs K distances."""
 
     @classmethod
     def train(cls, settings: PaletteSettings, pixels: np.ndarray, seed: int) -> "PaletteTokenizer":
@@ -94,10 +97,26 @@ class PaletteTokenizer(Tokenizer):
                     f"image is {image.dtype} {image.shape}; this tokenizer takes uint8 "
                     f"(H, W, {self.channels})"
                 )
-            points = torch.from_numpy(image.reshape(-1, self.channels).astype(np.float32))
-            index, _ = nearest(points, self._centres)
-            encoded.append(index.numpy().astype(dtype).reshape(image.shape[:2]))
+            ids = self._nearest(image.reshape(-1, self.channels))
+            encoded.append(ids.astype(dtype).reshape(image.shape[:2]))
         return encoded
+
+    def _nearest(self, pixels: np.ndarray) -> np.ndarray:
+        """Ids (N,) of pixels (N, C)."""
+        if not len(self._ids):
+            self._ids = np.full(256**self.channels, -1, np.int32)
+        keys = pixels[:, 0].astype(np.int32)
+        for channel in range(1, self.channels):
+            keys = 256 * keys + pixels[:, channel]
+        ids = self._ids[keys]
+        unmet = np.unique(keys[ids < 0])
+        if len(unmet):
+            shifts = 8 * np.arange(self.channels - 1, -1, -1)
+            colours = (unmet[:, None] >> shifts) & 255
+            index, _ = nearest(torch.from_numpy(colours.astype(np.float32)), self._centres)
+            self._ids[unmet] = index.numpy()
+            ids = self._ids[keys]
+        return ids
 
     def decode(self, batch: Sequence[np.ndarray]) -> list[np.ndarray]:
         return [self.colours[check_ids(tokens, len(self.colours))] for tokens in batch]

@@ -179,6 +179,13 @@ class Shards:
         stops = self._of_split.get(split, ([], []))[1]
         return stops[-1] if stops else 0
 
+    def spread(self, split: str, most: int | None = None) -> list[int]:
+        """Samples of a split, or `most` of them as evenly apart as that goes: folders are read
+        class after class, so that the first ones would all be of one."""
+        count = self.count(split)
+        number = count if most is None else min(most, count)
+        return [i * count // number for i in range(number)]
+
     def numbers(self, split: str) -> list[int]:
         """Numbers of the shards of a split."""
         return list(self._of_split.get(split, ([], []))[0])

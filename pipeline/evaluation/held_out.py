@@ -4,7 +4,6 @@ For evaluating a model folder on data that nobody pretokenized. Nothing is kept:
 encoded when it is asked for, and once before to learn its length.
 """
 
-import itertools
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
@@ -21,9 +20,13 @@ from chainrule.pipeline.stage import StageFailed
 class Encoded:
     """Samples of one split, through `tokenizer`; text gets the `eos` that pretokenize appends."""
 
-    def __init__(self, shards: Shards, tokenizer: Any, split: str) -> None:
+    def __init__(
+        self, shards: Shards, tokenizer: Any, split: str, limit: int | None = None
+    ) -> None:
+        """With `limit`, that many samples from all over the split; the same for `Stored`."""
         self.shards, self.tokenizer, self.split = shards, tokenizer, split
-        self.samples = shards.count(split)
+        self.chosen = shards.spread(split, limit)
+        self.samples = len(self.chosen)
         self.vocabulary = Vocabulary.model_validate(tokenizer.vocabulary)
         self.tokenizer_fingerprint = str(tokenizer.fingerprint)
         self.tokenizer_kind = str(tokenizer.kind)
@@ -33,12 +36,12 @@ class Encoded:
             raise ShardError(f"{shards.folder}: split '{split}' is empty")
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, dict[str, Any]]:
-        sample = self.shards.read(self.split, i)
+        sample = self.shards.read(self.split, self.chosen[i])
         assert sample is not None  # shards opened to stop at damage raise instead
         return self.encode(sample.raw(self.modality)), self.meta(i)
 
     def meta(self, i: int) -> dict[str, Any]:
-        sample = self.shards.read(self.split, i)
+        sample = self.shards.read(self.split, self.chosen[i])
         assert sample is not None
         meta = dict(sample.meta)
         if self.modality == "text":
@@ -68,19 +71,22 @@ class Encoded:
 class Stored:
     """The same face over a pretokenized set."""
 
-    def __init__(self, tokens: TokenSet) -> None:
+    def __init__(self, tokens: TokenSet, limit: int | None = None) -> None:
         self.tokens = tokens
-        self.shards, self.split, self.samples = tokens.shards, tokens.split, tokens.samples
+        self.shards, self.split = tokens.shards, tokens.split
+        self.chosen = tokens.shards.spread(tokens.split, limit)
+        self.samples = len(self.chosen)
         self.vocabulary, self.classes = tokens.vocabulary, tokens.classes
         self.tokenizer_fingerprint = tokens.tokenizer_fingerprint
         self.tokenizer_kind = tokens.tokenizer_kind
-        self.modality, self.grid, self.lengths = tokens.modality, tokens.grid, tokens.lengths
+        self.modality, self.grid = tokens.modality, tokens.grid
+        self.lengths = tokens.lengths[self.chosen]
 
     def __getitem__(self, i: int) -> tuple[np.ndarray, dict[str, Any]]:
-        return self.tokens[i]
+        return self.tokens[self.chosen[i]]
 
     def meta(self, i: int) -> dict[str, Any]:
-        return self.tokens[i][1]
+        return self[i][1]
 
     def training(self) -> Iterator[np.ndarray]:
         for sample in self.shards.iterate("train"):
@@ -122,8 +128,13 @@ def label_of(meta: dict[str, Any]) -> int:
 def labelled_images(
     shards: Shards, split: str, most: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, H, W, C) and labels (N,) of a split, its first `most`; StageFailed without."""
-    samples = list(itertools.islice(shards.iterate(split), most))
+    """Images (N, H, W, C) and labels (N,) of a split, or of `most` from all over it;
+    StageFailed without."""
+    if most is None:
+        samples = list(shards.iterate(split))
+    else:
+        found = [shards.read(split, i) for i in shards.spread(split, most)]
+        samples = [sample for sample in found if sample is not None]
     if not samples:
         raise StageFailed(f"{shards.folder}: split '{split}' is empty; the classifier needs it")
     if any(sample.meta.get("label") is None for sample in samples):

@@ -146,7 +146,7 @@ def put_text(
         return
     words = 0
     for i in range(samples):
-        sample = raw.read(split, i)
+        sample = raw.read(split, tokens.chosen[i])
         assert sample is not None  # shards opened to stop at damage raise instead
         document = sample.members["txt"]
         words += len(document.split())
@@ -163,7 +163,7 @@ def put_text(
         return
     if baseline.bytes != size:
         raise StageFailed(
-            f"{raw.folder}: its first {samples} documents of {split} hold {baseline.bytes} bytes, "
+            f"{raw.folder}: {samples} documents of {split} hold {baseline.bytes} bytes, "
             f"those of {tokens.shards.folder} {size}; give the data that the tokens were made from"
         )
     for way, sizes in baseline.finish().items():
