@@ -51,14 +51,15 @@ def reason_of_restart(log: Path, attempt: int) -> str | None:
 
 def exit_code(log: Path) -> int | None:
     """With what the job's script ended at last; None where it did not live to say it."""
-    text = _tail(log) or ""
+    text = tail(log) or ""
     ends, begins = list(_END.finditer(text)), list(_BEGIN.finditer(text))
     if not ends or (begins and begins[-1].start() > ends[-1].start()):
         return None
     return int(ends[-1][1])
 
 
-def _tail(log: Path) -> str | None:
+def tail(log: Path) -> str | None:
+    """The end of a log, a megabyte at most; None where it cannot be read."""
     try:
         with open(log, "rb") as file:
             file.seek(max(0, log.stat().st_size - TAIL_BYTES))
@@ -69,7 +70,7 @@ def _tail(log: Path) -> str | None:
 
 def _said_by(log: Path, attempt: int) -> str | None:
     """The part of the log that an attempt wrote, as far as the end of the log reaches back."""
-    text = _tail(log)
+    text = tail(log)
     if text is None:
         return None
     begins = list(_BEGIN.finditer(text))

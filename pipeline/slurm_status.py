@@ -12,7 +12,7 @@ from chainrule.pipeline import slurm
 from chainrule.pipeline.graph import Pipeline
 from chainrule.pipeline.slurm import Job
 from chainrule.pipeline.slurm_job import attempts_of, jobs_in, record_of, slurm_folder
-from chainrule.pipeline.slurm_log import exit_code, reason_of_restart
+from chainrule.pipeline.slurm_log import exit_code, reason_of_restart, tail
 
 LOG_LINES = 4
 UNSEEN = "0:53"
@@ -156,8 +156,6 @@ def _with_failed_inputs(
 
 def log_tail(path: Path, lines: int = LOG_LINES) -> list[str]:
     """The last lines of a job's log; what the script and srun say of the end itself is left out."""
-    if not path.is_file():
-        return []
-    said = path.read_text(errors="replace").splitlines()
+    said = (tail(path) or "").splitlines()
     noise = ("=== ", "srun: launch/slurm", "srun: Job step aborted", "slurmstepd")
     return [line for line in said if line.strip() and not line.startswith(noise)][-lines:]
