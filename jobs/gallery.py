@@ -188,13 +188,12 @@ def _decoded(
 ) -> tuple[np.ndarray, np.ndarray, list[str | None]]:
     """Pictures of a split as the tokenizer gives them back, their tokens and class names."""
     found = TokenSet.open(folder, split)
-    number = min(len(found), most)
-    if number == 0:
+    rows = [found[i] for i in found.shards.spread(split, most)]
+    if not rows:
         return np.zeros((0,)), np.zeros((0,)), []
-    rows = [found[i] for i in range(number)]
     tokens = np.stack([row[0] for row in rows])
     pictures: list[np.ndarray] = []
-    for start in range(0, number, BATCH):
+    for start in range(0, len(rows), BATCH):
         pictures += source.tokenizer.decode(list(tokens[start : start + BATCH]))
     return np.stack(pictures), tokens, [row[1].get("class") for row in rows]
 

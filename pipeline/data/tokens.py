@@ -1,5 +1,6 @@
 """A split of a token artifact: sample i as an array, lengths without reading the samples."""
 
+import math
 import threading
 from functools import cached_property
 from pathlib import Path
@@ -66,6 +67,10 @@ class TokenSet:
         from chainrule.pipeline.config import digest
 
         return digest(self.shards.index)
+
+    def spread(self, tokens: int) -> list[int]:
+        """Samples from all over the set that hold about so many tokens, at least one."""
+        return self.shards.spread(self.split, math.ceil(tokens * self.samples / self.tokens))
 
     @cached_property
     def lengths(self) -> np.ndarray:

@@ -103,12 +103,10 @@ def put_rows(
 
 
 def _counts(tokens: HeldOut, most: int) -> tuple[np.ndarray, int]:
-    """Counts (V,) of the first `most` training tokens, and how many those were."""
+    """Counts (V,) of about `most` training tokens, and how many those were."""
     counts = np.zeros(tokens.vocabulary.size, dtype=np.int64)
     used = 0
-    for ids in tokens.training():
-        if used >= most:
-            break
+    for ids in tokens.training(most):
         counts += np.bincount(ids, minlength=len(counts))
         used += len(ids)
     return counts, used

@@ -78,9 +78,9 @@ def context_free_loss(training: TokenSet, held_out: TokenSet, at_most: int = 20_
 
 
 def _rows(tokens: TokenSet, at_most: int) -> np.ndarray:
-    """Rows (N, D) float64, of at most so many elements."""
+    """Rows (N, D) float64, of about so many elements at most."""
     found: list[np.ndarray] = []
-    for i in range(min(tokens.samples, max(1, at_most // max(1, int(tokens.lengths[0]))))):
+    for i in tokens.spread(at_most):
         sample = tokens.sample(i)
         if sample is not None:
             found.append(tokens.decode(sample).astype(np.float64).reshape(-1))
@@ -89,14 +89,10 @@ def _rows(tokens: TokenSet, at_most: int) -> np.ndarray:
 
 def _counts(tokens: TokenSet, at_most: int) -> np.ndarray:
     counts = np.zeros(tokens.vocabulary.size, np.int64)
-    used = 0
-    for i in range(tokens.samples):
+    for i in tokens.spread(at_most):
         sample = tokens.sample(i)
         if sample is None:  # damaged, and counted
             continue
         array = tokens.decode(sample)
         counts += np.bincount(array.reshape(-1), minlength=len(counts))
-        used += array.size
-        if used >= at_most:
-            break
     return counts
