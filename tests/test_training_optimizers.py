@@ -47,6 +47,36 @@ def test_muon_takes_the_matrices_inside():
     }
 
 
+FAMILIES = "gpt2 llama imagegpt pixelcnn gated-pixelcnn pixelcnnpp wavenet made"
+
+
+@pytest.mark.parametrize("preset", [f"{family}-debug" for family in FAMILIES.split()])
+def test_muon_leaves_tables_and_the_output_layer_to_adamw(preset):
+    model = build(preset, seed=0)
+    groups = parameter_groups(model, OptimizerSettings(name="muon"))
+    taken = {id(p) for group in groups if group.get("muon") for p in group["params"]}
+    inside = {n for n, p in model.named_parameters() if p.ndim >= 2 and id(p) not in taken}
+    outputs = {"head.weight", "output.weight", "output.direction", "last.2.weight"}
+    assert inside <= outputs | {"embedding.weight", "positions", "input.table.weight"}
+    if not getattr(model.config, "tied_embeddings", False):
+        assert inside & outputs
+
+
+def test_muon_on_a_filter_is_muon_on_its_matrix():
+    torch.manual_seed(0)
+    convolution, linear = nn.Conv2d(3, 8, 2, bias=False), nn.Linear(12, 8, bias=False)
+    linear.weight.data = convolution.weight.detach().flatten(1).clone()
+    x = torch.randn(5, 3, 2, 2)
+    settings = OptimizerSettings(name="muon", weight_decay=0.1)
+    for model, given in ((convolution, x), (linear, x.flatten(1))):
+        optimizer = build_optimizer(model, settings)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(given).square().sum().backward()
+            optimizer.step()
+    assert torch.allclose(convolution.weight.flatten(1), linear.weight, atol=1e-5)
+
+
 def test_the_rate_scales_every_group_from_its_own_base():
     model = build("gpt2-debug", seed=0)
     settings = OptimizerSettings(name="muon", learning_rate=1e-3, muon_learning_rate=0.02)

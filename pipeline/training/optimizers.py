@@ -1,4 +1,4 @@
-"""Optimisers: AdamW with decay groups, and Muon for the matrices.
+"""Optimisers: AdamW with decay groups, and Muon for the matrices and filters.
 
 Names of parameters are read off the module, so a group's content does not depend on the
 order in which a model was written.
@@ -15,7 +15,8 @@ from chainrule.pipeline.config import Settings
 
 
 class OptimizerSettings(Settings):
-    """AdamW (Loshchilov & Hutter 2019), or Muon for matrices with AdamW for the rest."""
+    """AdamW (Loshchilov & Hutter 2019), or Muon for matrices and the filters of convolutions, with
+    AdamW for the rest."""
 
     name: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = Field(1e-3, gt=0)
@@ -24,7 +25,7 @@ class OptimizerSettings(Settings):
     weight_decay: float = Field(0.1, ge=0, description="of matrices; vectors and tables have none")
     decay_embeddings: bool = False
     fused: bool = Field(True, description="one kernel for all parameters of a group")
-    muon_learning_rate: float = Field(0.02, gt=0, description="muon: of the matrices")
+    muon_learning_rate: float = Field(0.02, gt=0, description="muon: of matrices and filters")
     muon_momentum: float = Field(0.95, ge=0, lt=1)
     muon_iterations: int = Field(5, ge=1, description="Newton-Schulz iterations")
 
@@ -32,9 +33,9 @@ class OptimizerSettings(Settings):
 def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict[str, Any]]:
     """Matrices with weight decay, the rest (biases, gains, embeddings, start symbols) without.
 
-    With Muon, matrices inside the network are a group of their own; embeddings and the
-    output layer stay with AdamW (Jordan et al. 2024). Where the output layer is tied to
-    the embedding it is the one parameter, and an embedding.
+    With Muon, matrices and filters inside the network are a group of their own; embeddings, tables
+    of positions and the output layer stay with AdamW (Jordan et al. 2024). Where the output layer
+    is tied to the embedding it is the one parameter, and an embedding.
 
     A model with a `base_width` (µP: Yang et al. 2022, "Tensor Programs V", table 3) has rates for
     that width: those of matrices over the width, the output layer's among them, fall by
@@ -58,10 +59,10 @@ def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict
             plain.append(p)
         elif id(p) in embeddings:
             (decayed if settings.decay_embeddings else plain).append(p)
-        elif settings.name == "muon" and p.ndim == 2 and not _is_output(name):
-            matrices.append(p)
         elif name == "positions":
             tables.append(p)
+        elif settings.name == "muon" and not _is_output(name):
+            matrices.append(p)
         else:
             decayed.append(p)
     rate, decay = settings.learning_rate, settings.weight_decay
@@ -91,7 +92,7 @@ def _width_factor(model: nn.Module) -> float:
 
 def _is_output(name: str) -> bool:
     """Whether a parameter is of the output layer, as our families name it."""
-    return name.split(".")[0] in ("head", "output")
+    return name.split(".")[0] in ("head", "output") or name.startswith("last.2.")  # PixelCNN's
 
 
 def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
@@ -124,7 +125,8 @@ class MuonAdamW(torch.optim.AdamW):
 
     Muon (Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"):
     Nesterov momentum, its update made nearly orthogonal by a quintic Newton-Schulz
-    iteration, scaled by sqrt(max(1, rows / columns)).
+    iteration, scaled by sqrt(max(1, rows / columns)). A filter of a convolution is a matrix
+    with a row for each output, as in his code.
     """
 
     def __init__(
@@ -156,9 +158,11 @@ class MuonAdamW(torch.optim.AdamW):
                 state["momentum_buffer"] = torch.zeros_like(p)
             buffer = state["momentum_buffer"]
             buffer.lerp_(p.grad, 1 - self._momentum)
-            update = orthogonalize(p.grad.lerp(buffer, self._momentum), self._iterations)
+            momentum = p.grad.lerp(buffer, self._momentum).flatten(1)
+            update = orthogonalize(momentum, self._iterations)
             p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.add_(update, alpha=-group["lr"] * max(1.0, p.shape[0] / p.shape[1]) ** 0.5)
+            scale = max(1.0, update.shape[0] / update.shape[1]) ** 0.5
+            p.add_(update.view_as(p), alpha=-group["lr"] * scale)
 
 
 def orthogonalize(matrix: Tensor, iterations: int = 5) -> Tensor:
