@@ -14,6 +14,7 @@ import pytest
 from chainrule.pipeline.artifact import ArtifactError
 from chainrule.pipeline.data.reader import ShardError, Shards, decode_npy
 from chainrule.pipeline.data.shards import ShardWriter, encode_member, finish, finished, key_of
+from chainrule.pipeline.data.tar import header
 
 
 def content(i: int) -> dict[str, object]:
@@ -53,6 +54,29 @@ def test_bytes_depend_on_content_alone(folder: Path, tmp_path: Path) -> None:
             owner = (member.uid, member.gid, member.uname, member.gname, member.mtime)
             assert owner == (0, 0, "", "", 0)
             assert member.mode == 0o444
+
+
+def test_the_tar_is_the_one_that_webdataset_writes(tmp_path: Path) -> None:
+    from webdataset.writer import TarWriter
+
+    rng = np.random.default_rng(0)
+    samples = [
+        {"tokens.npy": rng.bytes(int(size)), "json": b"{}", "png": rng.bytes(3)}
+        for size in (0, 1, 511, 512, 513, 70_000)
+    ]
+    with open(tmp_path / "theirs.tar", "wb") as file:
+        options = {"user": "", "group": "", "mode": 0o444, "mtime": 0, "encoder": False}
+        theirs = TarWriter(file, compress=False, **options)
+        for number, members in enumerate(samples):
+            theirs.write({"__key__": key_of(number), **members})
+        theirs.close()
+    with ShardWriter(tmp_path, 0, "train") as shard:
+        for number, members in enumerate(samples):
+            shard.write(key_of(number), members)
+    assert (tmp_path / "shard-000000.tar").read_bytes() == (tmp_path / "theirs.tar").read_bytes()
+    for name, size in (("a" * 101, 1), ("ü.png", 1), ("a.png", 8 << 30)):
+        with pytest.raises(ValueError, match="no member of a tar"):
+            header(name, size)
 
 
 # webdataset leaves its files to the garbage collector

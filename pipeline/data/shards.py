@@ -29,6 +29,7 @@ import os
 import re
 import zlib
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -36,11 +37,12 @@ from typing import Any
 import numpy as np
 
 from chainrule.pipeline.artifact import ArtifactError, read_json, write_json
+from chainrule.pipeline.data.tar import BLOCK, Tar
 
 FORMAT = 1
 SPLITS = ("train", "validation")
-BLOCK = 512  # bytes of a tar block and of a tar header
 NUMBER, TOKENS, CRC, MEMBERS = 0, 1, 2, 3  # columns of the offsets table
+BUFFER = 1 << 20  # bytes written at once
 NAME = re.compile(r"shard-\d{6}\.tar")
 EXTENSION = re.compile(r"[a-z0-9]+(\.[a-z0-9]+)*")
 OFFSETS_DTYPE = np.int64
@@ -70,17 +72,24 @@ def encode_member(extension: str, value: Any) -> bytes:
     if isinstance(value, str):
         return value.encode("utf-8")
     if isinstance(value, np.ndarray):
-        buffer = io.BytesIO()
-        np.lib.format.write_array(
-            buffer, np.ascontiguousarray(value), version=(1, 0), allow_pickle=False
-        )
-        return buffer.getvalue()
+        return _npy_header(value.dtype, value.shape) + value.tobytes()
     if isinstance(value, Mapping):
         text = json.dumps(
             value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False
         )
         return text.encode("utf-8")
     raise TypeError(f"member '{extension}' is a {type(value).__name__}, not bytes")
+
+
+@lru_cache(maxsize=1024)
+def _npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    """What stands before the bytes of an array in C order; TypeError for one of objects."""
+    if dtype.hasobject:
+        raise TypeError(f"an array of {dtype} would be pickled")
+    buffer = io.BytesIO()
+    described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
+    np.lib.format.write_array_header_1_0(buffer, {**described, "shape": shape})
+    return buffer.getvalue()
 
 
 class ShardWriter:
@@ -103,14 +112,9 @@ class ShardWriter:
         self._last = -1
 
     def __enter__(self) -> "ShardWriter":
-        os.environ.setdefault("WDS_SECURE", "1")  # no `pipe:`, no pickles, also in the readers
-        from webdataset.writer import TarWriter
-
         (self.folder / entry_name(self.name)).unlink(missing_ok=True)
-        self._file = open(self._temporary, "wb")
-        self._tar = TarWriter(
-            self._file, user="", group="", mode=0o444, mtime=0, encoder=False, compress=False
-        )
+        self._file = open(self._temporary, "wb", buffering=BUFFER)
+        self._tar = Tar(self._file)
         return self
 
     def write(
@@ -127,19 +131,14 @@ class ShardWriter:
         if not members:
             raise ValueError(f"{self.name}: sample {key} has no members")
         self._last = number
-        encoded = {}
-        where = {}
-        position = self._tar.tarstream.offset
-        for extension in sorted(members):
+        for extension in members:
             if not EXTENSION.fullmatch(extension):
                 raise ValueError(f"{self.name}: {extension!r} is no member extension")
-            data = encode_member(extension, members[extension])
-            encoded[extension] = data
-            where[extension] = (position + BLOCK, len(data))
-            position += BLOCK + -(-len(data) // BLOCK) * BLOCK
-        self._tar.write({"__key__": key, **encoded})
-        if self._tar.tarstream.offset != position:
-            raise RuntimeError(f"{self.name}: webdataset wrote sample {key} in another layout")
+        encoded = [(name, encode_member(name, members[name])) for name in sorted(members)]
+        where = {
+            extension: (self._tar.write(f"{key}.{extension}", data), len(data))
+            for extension, data in encoded
+        }
         self._rows.append((number, tokens, where))
         self._raw_bytes += raw_bytes
 
@@ -161,8 +160,7 @@ class ShardWriter:
     ) -> None:
         if kind is not None:
             with contextlib.suppress(OSError):  # a full disk has been reported already
-                self._tar.close()
-            self._file.close()
+                self._file.close()
             self._temporary.unlink(missing_ok=True)
             return
         self._tar.close()
