@@ -70,6 +70,21 @@ def test_long_documents_are_cut_at_multiples_of_the_context() -> None:
     assert (stops[long] - starts[long] == 100).all()
 
 
+def test_later_epochs_cut_long_documents_elsewhere_and_leave_short_ones_whole() -> None:
+    packing = Packing(np.array([1000, 24, 130, 30]), 100)
+    cuts = []
+    for epoch in range(4):
+        _, documents, starts, stops = packing.pieces(np.arange(packing.windows), 0, epoch)
+        for short, length in ((1, 24), (3, 30)):
+            assert starts[documents == short].tolist() == [0]
+            assert stops[documents == short].tolist() == [length]
+        cuts.append(frozenset(starts[documents == 0].tolist()) - {0})
+    assert cuts[0] == set(range(100, 1000, 100))
+    assert len(set(cuts)) == 4
+    again = packing.pieces(np.arange(packing.windows), 0, 3)[2]
+    assert np.array_equal(again, starts)
+
+
 def test_epochs_pair_documents_differently_in_as_many_windows() -> None:
     lengths = np.random.default_rng(1).integers(1, 100, 500)
     rows = PackedRows(lengths, 128, seed=4)

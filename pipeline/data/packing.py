@@ -12,6 +12,11 @@ there are some thousand patterns however many documents there are. Which documen
 length stands where, and the order of the windows, is a permutation of (seed, epoch). Window
 j of any epoch is therefore computed, not looked up, and an epoch has the same number of
 windows as any other.
+
+From the second epoch on a document of T tokens or more is cut elsewhere: it is turned like a ring
+by a number of (seed, epoch, document), and the window over the seam holds its end and its beginning
+as two pieces. Were it cut at the same places each time, a small corpus would be learned by heart
+sooner.
 """
 
 import bisect
@@ -21,6 +26,7 @@ import numpy as np
 from chainrule.pipeline.data.order import permute, stream_key
 
 CLASS_STREAM = 0xC1A55
+TURN_STREAM = 0x7042
 
 
 class Packing:
@@ -133,7 +139,33 @@ class Packing:
         document_ = np.concatenate([documents_of_full, documents])[order]
         begin = np.concatenate([full_starts, start_])[order]
         end = np.concatenate([full_starts + self.context, start_ + np.concatenate(lengths)])[order]
-        return row_[order], document_, begin, end
+        if not shuffle or epoch == 0:
+            return row_[order], document_, begin, end
+        return self._turned(row_[order], document_, begin, end, stream_key(seed, epoch))
+
+    def _turned(
+        self,
+        row: np.ndarray,
+        document: np.ndarray,
+        begin: np.ndarray,
+        end: np.ndarray,
+        key: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """The pieces on documents turned like rings; those over a seam in two."""
+        length = self._lengths[document]
+        turn = (stream_key(TURN_STREAM, key, document) % length.astype(np.uint64)).astype(np.int64)
+        turn[length < self.context] = 0  # short ones stay whole
+        first = (begin + turn) % length
+        stop = first + end - begin
+        beyond = stop - length
+        seams = np.flatnonzero(beyond > 0)
+        order = np.argsort(np.concatenate([np.arange(len(row)), seams]), kind="stable")
+        return (
+            np.concatenate([row, row[seams]])[order],
+            np.concatenate([document, document[seams]])[order],
+            np.concatenate([first, np.zeros_like(seams)])[order],
+            np.concatenate([np.minimum(stop, length), beyond[seams]])[order],
+        )
 
     def _documents(
         self, classes: np.ndarray, places: np.ndarray, seed: int, epoch: int, shuffle: bool
