@@ -8,6 +8,7 @@ the losses of the run that was not killed. Nothing random outlives a step: each 
 is a function of (seed, step, rank).
 """
 
+import math
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from chainrule.pipeline.artifact import write_json
 from chainrule.pipeline.config import RequestError, Settings, digest, runtime
 from chainrule.pipeline.data.batches import Loader
 from chainrule.pipeline.data.reader import OnDamage
+from chainrule.pipeline.heartbeat import beat
 from chainrule.pipeline.models.registry import build
 from chainrule.pipeline.stage import Input, Stage, StageInterrupted
 from chainrule.pipeline.training import assembly
@@ -147,6 +149,8 @@ def train(config: Config, stage: Stage, engine: Engine, stop: StopSignals) -> No
 
     def save(wait: bool = False) -> None:
         if run.saved_step == run.step:
+            if wait:
+                writer.wait()
             return
         with meter.leaving_out("checkpoint"):
             tensors, scalars = engine.export()
@@ -156,22 +160,51 @@ def train(config: Config, stage: Stage, engine: Engine, stop: StopSignals) -> No
             if wait:
                 writer.wait()
 
-    def validate(last: bool) -> dict[str, float]:
-        with meter.leaving_out("validation"):
-            batches = None if last else config.validation_batches
-            found = validation.losses(engine, objective, batches)
-            if last and config.ema is not None:
-                with engine.averaged():
-                    averaged = validation.losses(engine, objective)
-                found |= {f"ema_{name}": loss for name, loss in averaged.items()}
+    def go_on() -> None:
+        """Before each batch of a validation, which may take longer than a grace time."""
+        beat()
+        (stopping,) = engine.sum(stop.requested)
+        if stopping:
+            raise StageInterrupted
+
+    def losses(last: bool) -> dict[str, float]:
+        batches = None if last else config.validation_batches
+        found = validation.losses(engine, objective, batches, go_on)
+        if last and config.ema is not None:
+            with engine.averaged():
+                averaged = validation.losses(engine, objective, batches, go_on)
+            found |= {f"ema_{name}": loss for name, loss in averaged.items()}
+        return found
+
+    def validate(record: dict[str, Any]) -> dict[str, Any]:
+        """`record` with the losses; what is logged of a step waits for its validation."""
+        last = run.step == config.steps
+        run.pending = {
+            key: repr(value) if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()  # a checkpoint's JSON has no NaN
+        }
+        if last:
+            save()  # a long validation of a finished training: nothing of it is trained again
+        try:
+            with meter.leaving_out("validation"):
+                found = losses(last)
+        except StageInterrupted:
+            save(wait=True)
+            said = f"a signal came in a validation; step {run.step} is saved"
+            raise StageInterrupted(said) from None
+        run.pending = None
         if last or run.step % config.checkpoint_every == 0:
             run.note_best(found["validation_loss"])
         if last:
             run.final = found
-        return found
+        return record | found
 
     # --- the loop -------------------------------------------------------------------------
     engine.barrier()  # a checkpoint's remains are gone before anyone writes the next
+    if run.pending is not None:  # the run was stopped in a validation
+        stage.rewind_log(run.step - 1)
+        stage.log(run.step, **validate(run.pending))
+        writer.amend(run.step, run.state(), run.best_step)
     with stage.progress(config.steps, "steps", run.step) as bar:
         while run.step < config.steps:
             with Loader(
@@ -220,11 +253,11 @@ def train(config: Config, stage: Stage, engine: Engine, stop: StopSignals) -> No
 
                     last = run.step == config.steps
                     validating = config.validate_every and run.step % config.validate_every == 0
-                    if last or validating:
-                        record |= validate(last)
                     if last or validating or update.fault or run.step % config.log_every == 0:
                         record |= meter.report(loader.stalled)
                         record["memory_gb"] = memory_gb(engine.device)
+                        if last or validating:
+                            record = validate(record)
                         stage.log(run.step, **record)
                         speed = round(record["tokens_per_second"])
                         peak = f"{record['peak_share']:.0%}"
@@ -233,6 +266,7 @@ def train(config: Config, stage: Stage, engine: Engine, stop: StopSignals) -> No
                     if last or run.step % config.checkpoint_every == 0:
                         save(wait=last)
                     if last:
+                        writer.amend(run.step, run.state(), run.best_step)
                         break
 
     # --- what it came to ------------------------------------------------------------------

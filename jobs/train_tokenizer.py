@@ -25,6 +25,7 @@ from chainrule.pipeline.config import Settings, runtime
 from chainrule.pipeline.data.image_batches import ImageBatches
 from chainrule.pipeline.data.order import Permutation
 from chainrule.pipeline.data.reader import Shards
+from chainrule.pipeline.heartbeat import beat
 from chainrule.pipeline.stage import Input, Stage, StageFailed
 from chainrule.pipeline.training.schedules import ScheduleSettings
 from chainrule.tokenizers.bytes import ByteSettings, ByteTokenizer
@@ -236,6 +237,7 @@ def validation(shards: Shards, batch: int = 64) -> Iterator[list[np.ndarray]]:
     for sample in shards.iterate(split):
         images.append(sample.image())
         if len(images) == batch:
+            beat()  # a large split takes longer than a step may
             yield images
             images = []
     if images:

@@ -1,6 +1,7 @@
 """pretrain: it learns, resumes bit for bit after any kill, and never learns from a fault."""
 
 import json
+import os
 import random
 import signal
 import sys
@@ -13,9 +14,11 @@ import torch
 from chainrule.jobs import pretrain, verify
 from chainrule.pipeline.artifact import ArtifactError, LineageError, read_json, sha256_file
 from chainrule.pipeline.config import RequestError
-from chainrule.pipeline.stage import REQUEUE, Stage, StageFailed
+from chainrule.pipeline.stage import REQUEUE, Stage, StageFailed, StageInterrupted
 from chainrule.pipeline.training.checkpoints import Checkpoint, newest, steps_in
+from chainrule.pipeline.training.engine import Engine
 from chainrule.pipeline.training.objective import Objective
+from chainrule.pipeline.training.validation import Validation
 
 sys.path.insert(0, str(Path(__file__).parent))
 import pretrain_ranks as ranks
@@ -68,6 +71,45 @@ def same_end(folder: Path, other: Path) -> None:
     for file in sorted(set(ends[0].index.values())):
         assert sha256_file(ends[0].folder / file) == sha256_file(ends[1].folder / file)
     assert ends[0].state == ends[1].state
+
+
+@pytest.mark.parametrize("validation", [2, 4])
+@pytest.mark.parametrize("how", ["signal", "kill"])
+def test_a_validation_that_was_cut_off_is_made_again(
+    validation, how, text, uninterrupted, tmp_path, monkeypatch
+):
+    """The second of four (step 20), or the last: with a signal, and killed without one."""
+    calls = []
+    losses = Validation.losses
+
+    def cut(self, engine, objective, batches=None, go_on=None):
+        calls.append(1)
+        if len(calls) == validation:
+            if how == "kill":
+                raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGTERM)
+        return losses(self, engine, objective, batches, go_on)
+
+    monkeypatch.setattr(Validation, "losses", cut)
+    ended = KeyboardInterrupt if how == "kill" else StageInterrupted
+    with pytest.raises(ended, match=None if how == "kill" else "in a validation; step"):
+        run(tmp_path / "decoder", [text], engine={"asynchronous_checkpoints": False})
+    step = 10 * validation
+    before = newest(tmp_path / "decoder" / "checkpoints")
+    assert before is not None
+    assert before.step == (step if how == "signal" or step == 40 else step - 5)
+    monkeypatch.undo()
+    trained = []
+    update = Engine.update
+    monkeypatch.setattr(Engine, "update", lambda *a: trained.append(1) or update(*a))
+    run(tmp_path / "decoder", [text])
+    assert len(trained) == 40 - before.step
+    same_end(tmp_path / "decoder", uninterrupted)
+    lines = (tmp_path / "decoder" / "metrics.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    assert [line["step"] for line in found] == list(range(1, 41))
+    validated = [line["step"] for line in found if "validation_loss" in line]
+    assert validated == [10, 20, 30, 40]
 
 
 def no_sample_lost(folder: Path) -> None:

@@ -179,6 +179,16 @@ class CheckpointWriter:
             self._guarded(*arguments)
             self.wait()
 
+    def amend(self, step: int, state: dict[str, Any], best: int | None) -> None:
+        """Renew these entries of the state of the checkpoint of `step`, where there is one."""
+        self.wait()
+        manifest = step_folder(self.folder, step) / MANIFEST
+        if self.rank == 0 and manifest.is_file():
+            content = read_json(manifest)
+            content["state"] |= state
+            write_json(manifest, content)
+            self._clean_up(best)
+
     def wait(self) -> None:
         """Until the save under way is published (rank 0) or handed in; StageFailed on its error."""
         if self._thread is not None:

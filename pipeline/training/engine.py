@@ -26,7 +26,7 @@ import os
 import socket
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -415,11 +415,16 @@ class Engine:
         """The model computes with the averaged weights inside."""
         if self._ema is None:
             raise ValueError("no average is kept")
-        with ExitStack() as stack:
-            stack.enter_context(self._ema.in_place_of_masters())
+        interrupted: StageInterrupted | None = None
+        with self._ema.in_place_of_masters():
             self._masters_to_model()
-            yield
+            try:
+                yield
+            except StageInterrupted as agreed:  # by all ranks; after a failure nobody may answer
+                interrupted = agreed
         self._masters_to_model()
+        if interrupted is not None:
+            raise interrupted
 
     # --- weights and moments, whole -------------------------------------------------------
 

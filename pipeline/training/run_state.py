@@ -29,11 +29,14 @@ class RunState:
         self.best_loss: float | None = None
         self.final: dict[str, float] = {}
         """Figures of the last validation."""
+        self.pending: dict[str, Any] | None = None
+        """What is to be logged of this step once its validation, which was cut off, is made."""
         self.saved_step: int | None = None
         """Step of the checkpoint that is on disk, if this is its state."""
 
     def state(self) -> dict[str, Any]:
-        kept = ("model", "step", "position", "tokens_seen", "best_step", "best_loss", "final")
+        counters = ("model", "step", "position", "tokens_seen")
+        kept = (*counters, "best_step", "best_loss", "final", "pending")
         return {name: getattr(self, name) for name in kept}
 
     def restore(self, checkpoint: Checkpoint) -> None:

@@ -1,6 +1,6 @@
 """Loss on held-out tokens, and the best guess that ignores the context."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 
 import numpy as np
@@ -29,12 +29,17 @@ class Validation:
         self._batch_size = batch_size
 
     def losses(
-        self, engine: Engine, objective: Objective, batches: int | None = None
+        self,
+        engine: Engine,
+        objective: Objective,
+        batches: int | None = None,
+        go_on: Callable[[], None] = lambda: None,
     ) -> dict[str, float]:
         """Nats an element over the first `batches` of each set, or the whole split.
 
         `validation_loss` is the mean over the sets; of several, each has
-        `validation_loss.<name>` as well. Collective.
+        `validation_loss.<name>` as well. `go_on` is called before each batch, and what it raises
+        ends the validation. Collective.
         """
         found: dict[str, float] = {}
         engine.wrapped.eval()
@@ -43,6 +48,7 @@ class Validation:
                 nats = elements = 0.0
                 stream = sequential(mixture, self._batch_size, engine.rank, engine.world_size)
                 for batch in islice(stream, batches):
+                    go_on()
                     nats += objective(engine.wrapped, batch.to(engine.device))[1].item()
                     elements += batch.tokens
                 nats, elements = engine.sum(nats, elements)
