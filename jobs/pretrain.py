@@ -76,7 +76,7 @@ class Config(Settings):
     keep_every: int | None = Field(None, ge=1, description="multiples that are kept as well")
     validate_every: int | None = Field(None, ge=1, description="null: at the end only")
     validation_batches: int | None = Field(
-        None, ge=1, description="of each validation but the last; null: the whole split"
+        None, ge=1, description="of each validation, the same ones; null: the whole split"
     )
     on_damage: OnDamage = runtime(
         "stop", description="a sample whose bytes were altered: stop, or mask it out and count it"
@@ -168,7 +168,7 @@ def train(config: Config, stage: Stage, engine: Engine, stop: StopSignals) -> No
             raise StageInterrupted
 
     def losses(last: bool) -> dict[str, float]:
-        batches = None if last else config.validation_batches
+        batches = config.validation_batches
         found = validation.losses(engine, objective, batches, go_on)
         if last and config.ema is not None:
             with engine.averaged():
