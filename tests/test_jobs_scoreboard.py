@@ -112,6 +112,25 @@ def test_an_atlas_holds_every_image_once():
     assert (sheet[2:, 6:] == 0).all()
 
 
+@pytest.mark.parametrize("name", ["gzip", "bzip2", "xz", "zstd", "brotli", "PPMd (order 6)"])
+def test_byte_codecs_give_back_what_they_took(name):
+    codec = {codec.name: codec for codec in codecs.byte_codecs()}[name]
+    text = "".join(TEXTS).encode()
+    for data in (b"", b"x", bytes(range(256)) * 3, "ü 世界".encode(), text):
+        assert codec.decode(codec.encode(data)) == data
+    assert len(codec.encode(text)) < len(text) / 4
+
+
+@pytest.mark.parametrize("name", ["PNG", "WebP", "JPEG XL"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_image_codecs_give_back_what_they_took(name, channels):
+    codec = {codec.name: codec for codec in codecs.image_codecs()}[name]
+    smooth = np.add.outer(np.arange(24), np.arange(32))[..., None].repeat(channels, -1)
+    noise = np.random.default_rng(0).integers(0, 256, (5, 7, channels))
+    for image in (smooth.astype(np.uint8), noise.astype(np.uint8)):
+        assert codecs.same(image, codec.decode(codec.encode(image)))
+
+
 def test_flac_is_exact():
     (flac,) = codecs.audio_codecs(8000)
     rng = np.random.default_rng(0)

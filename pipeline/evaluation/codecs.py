@@ -63,8 +63,8 @@ def byte_codecs() -> list[Codec]:
         found.append(
             Codec(
                 f"PPMd (order {PPM_ORDER})",
-                lambda data: pyppmd.compress(data, PPM_ORDER, PPM_MEMORY, variant="H"),
-                lambda data: pyppmd.decompress(data, PPM_ORDER, PPM_MEMORY, variant="H"),
+                lambda data: pyppmd.compress(data, max_order=PPM_ORDER, mem_size=PPM_MEMORY),
+                lambda data: pyppmd.decompress(data, max_order=PPM_ORDER, mem_size=PPM_MEMORY),
             )
         )
     return found
