@@ -24,10 +24,8 @@ import contextlib
 import hashlib
 import io
 import json
-import mmap
 import os
 import re
-import zlib
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -106,7 +104,7 @@ class ShardWriter:
         self.folder, self.number, self.split = folder, number, split
         self.name = shard_name(number)
         self._temporary = folder / f".{self.name}.tmp"
-        self._rows: list[tuple[int, int, dict[str, tuple[int, int]]]] = []
+        self._rows: list[tuple[int, int, int, dict[str, tuple[int, int]]]] = []
         self._skipped: list[dict[str, Any]] = []
         self._raw_bytes = 0
         self._last = -1
@@ -135,11 +133,11 @@ class ShardWriter:
             if not EXTENSION.fullmatch(extension):
                 raise ValueError(f"{self.name}: {extension!r} is no member extension")
         encoded = [(name, encode_member(name, members[name])) for name in sorted(members)]
+        starts, crc = self._tar.write([(f"{key}.{name}", data) for name, data in encoded])
         where = {
-            extension: (self._tar.write(f"{key}.{extension}", data), len(data))
-            for extension, data in encoded
+            name: (start, len(data)) for (name, data), start in zip(encoded, starts, strict=True)
         }
-        self._rows.append((number, tokens, where))
+        self._rows.append((number, tokens, crc, where))
         self._raw_bytes += raw_bytes
 
     def skip(self, what: str, where: str, reason: str) -> dict[str, Any]:
@@ -163,26 +161,21 @@ class ShardWriter:
                 self._file.close()
             self._temporary.unlink(missing_ok=True)
             return
-        self._tar.close()
+        sha256 = self._tar.close()
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        self._publish()
+        self._publish(sha256)
 
-    def _publish(self) -> None:
-        extensions = sorted({extension for _, _, where in self._rows for extension in where})
+    def _publish(self, sha256: str) -> None:
+        extensions = sorted({extension for *_, where in self._rows for extension in where})
         table = np.zeros((len(self._rows), MEMBERS + 2 * len(extensions)), OFFSETS_DTYPE, order="F")
-        with open(self._temporary, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                for row, (number, tokens, where) in enumerate(self._rows):
-                    table[row, NUMBER] = number
-                    table[row, TOKENS] = tokens
-                    for column, extension in enumerate(extensions):
-                        place = where.get(extension, (-1, 0))
-                        table[row, MEMBERS + 2 * column : MEMBERS + 2 * column + 2] = place
-                    start, stop = span(table[row].tolist())
-                    table[row, CRC] = zlib.crc32(memoryview(data)[start:stop])
+        table[:, NUMBER] = [number for number, *_ in self._rows]
+        table[:, TOKENS] = [tokens for _, tokens, *_ in self._rows]
+        table[:, CRC] = [crc for _, _, crc, _ in self._rows]
+        for column, extension in enumerate(extensions):
+            places = [where.get(extension, (-1, 0)) for *_, where in self._rows]
+            table[:, MEMBERS + 2 * column : MEMBERS + 2 * column + 2] = places or np.zeros((0, 2))
         offsets = self.folder / offsets_name(self.name)
         temporary = offsets.with_name(f".{offsets.name}.tmp")
         with open(temporary, "wb") as file:
