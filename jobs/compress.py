@@ -324,8 +324,7 @@ def main(config: Config, stage: Stage) -> None:
     source = open_source(stage.input("model").folder, config.device, config.dtype)
     adapter = open_adapter(source)
     shards = Shards.open(stage.input("data").folder)
-    found = [shards.read(config.split, i) for i in shards.spread(config.split, config.limit)]
-    named = [named_file(sample) for sample in found if sample is not None]
+    named = [named_file(sample) for sample in shards.pick(config.split, config.limit)]
     if not named:
         raise StageFailed(f"{shards.folder}: split '{config.split}' is empty")
     began = time.monotonic()

@@ -8,7 +8,6 @@ the losses of the run that was not killed. Nothing random outlives a step: each 
 is a function of (seed, step, rank).
 """
 
-import math
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from chainrule.pipeline.data.batches import Loader
 from chainrule.pipeline.data.reader import OnDamage
 from chainrule.pipeline.heartbeat import beat
 from chainrule.pipeline.models.registry import build
-from chainrule.pipeline.stage import Input, Stage, StageInterrupted
+from chainrule.pipeline.stage import Input, Stage, StageInterrupted, for_json
 from chainrule.pipeline.training import assembly
 from chainrule.pipeline.training.checkpoints import CheckpointWriter
 from chainrule.pipeline.training.engine import Engine, EngineSettings, Precision
@@ -147,18 +146,14 @@ def train(config: Config, stage: Stage, engine: Engine, stop: StopSignals) -> No
     ledger.begin_at(run.step, run.position)
     meter = Meter(flops, engine.world_size * measured_peak(engine.device, config.precision))
 
-    def save(wait: bool = False) -> None:
+    def save() -> None:
         if run.saved_step == run.step:
-            if wait:
-                writer.wait()
             return
         with meter.leaving_out("checkpoint"):
             tensors, scalars = engine.export()
             state = run.state() | {"engine": scalars, "faults": monitor.state()}
             writer.save(run.step, tensors, state, run.best_step)
             run.saved_step = run.step
-            if wait:
-                writer.wait()
 
     def go_on() -> None:
         """Before each batch of a validation, which may take longer than a grace time."""
@@ -179,17 +174,15 @@ def train(config: Config, stage: Stage, engine: Engine, stop: StopSignals) -> No
     def validate(record: dict[str, Any]) -> dict[str, Any]:
         """`record` with the losses; what is logged of a step waits for its validation."""
         last = run.step == config.steps
-        run.pending = {
-            key: repr(value) if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in record.items()  # a checkpoint's JSON has no NaN
-        }
+        run.pending = for_json(record)
         if last:
             save()  # a long validation of a finished training: nothing of it is trained again
         try:
             with meter.leaving_out("validation"):
                 found = losses(last)
         except StageInterrupted:
-            save(wait=True)
+            save()
+            writer.wait()
             said = f"a signal came in a validation; step {run.step} is saved"
             raise StageInterrupted(said) from None
         run.pending = None
@@ -217,7 +210,8 @@ def train(config: Config, stage: Stage, engine: Engine, stop: StopSignals) -> No
                     if failed:
                         writer.give_up()
                     if stopping:
-                        save(wait=True)
+                        save()
+                        writer.wait()
                         raise StageInterrupted(f"a signal came; step {run.step} is saved")
                     ledger.record(batch)
                     torch.manual_seed(seed_of(config.seed, run.step, stage.rank))
@@ -263,11 +257,11 @@ def train(config: Config, stage: Stage, engine: Engine, stop: StopSignals) -> No
                         peak = f"{record['peak_share']:.0%}"
                         bar.update(0, **{"loss": update.loss, "tokens/s": speed, "peak": peak})
                     bar.update(1)
-                    if last or run.step % config.checkpoint_every == 0:
-                        save(wait=last)
                     if last:
                         writer.amend(run.step, run.state(), run.best_step)
                         break
+                    if run.step % config.checkpoint_every == 0:
+                        save()
 
     # --- what it came to ------------------------------------------------------------------
     ledger.close()

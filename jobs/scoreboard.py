@@ -90,15 +90,12 @@ class Files:
 
     @classmethod
     def of(cls, shards: Shards, split: str, limit: int | None) -> "Files":
-        chosen = shards.spread(split, limit)
-        if not chosen:
+        if shards.count(split) == 0:
             raise StageFailed(f"{shards.folder}: split '{split}' is empty")
         if shards.modality not in UNITS:
             raise StageFailed(f"{shards.folder}: holds {shards.modality}; no codec is for that")
         found = cls(shards.modality, [], [], 0)
-        for i in chosen:
-            sample = shards.read(split, i)
-            assert sample is not None  # shards opened to stop at damage raise instead
+        for sample in shards.pick(split, limit):
             found._add(sample)
         return found
 

@@ -3,6 +3,7 @@
 Read off what an input published, where it has run, and off its settings where it has not.
 """
 
+from contextlib import closing
 from typing import Any
 
 from chainrule.pipeline.artifact import MANIFEST, read_json
@@ -133,8 +134,8 @@ def image_shape(pipeline: Pipeline, data: str, crop: int | None) -> tuple[int, i
     if published(pipeline, data) is not None:
         from chainrule.pipeline.data.reader import Shards
 
-        shards = Shards.open(pipeline.folder(data))
-        first = shards.read("train", 0) if shards.modality == "image" else None
+        with closing(Shards.open(pipeline.folder(data))) as shards:
+            first = shards.read("train", 0) if shards.modality == "image" else None
         if first is not None:
             height, width, channels = first.image().shape
             side = (height, width)

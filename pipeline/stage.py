@@ -38,6 +38,14 @@ def say(line: str) -> None:
     sys.stderr.flush()
 
 
+def for_json(scalars: Mapping[str, Any]) -> dict[str, Any]:
+    """The same, with a string for what JSON has no number for (nan, inf)."""
+    return {
+        key: repr(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in scalars.items()
+    }
+
+
 @dataclass(frozen=True)
 class Input:
     """One input role of a job."""
@@ -93,13 +101,8 @@ class Stage:
         beat()
         if not self.is_main:
             return
-        record: dict[str, Any] = {"step": step}
-        for key, value in scalars.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                value = repr(value)  # JSON has no NaN; the string keeps the line readable
-            record[key] = value
         with open(self._metrics_path, "a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps({"step": step, **for_json(scalars)}) + "\n")
         if self.tracker is not None:
             numbers = {k: float(v) for k, v in scalars.items() if isinstance(v, int | float)}
             self.tracker.metrics(step, numbers)

@@ -5,6 +5,7 @@ and three times shorter than pixels by channel. Grey images get a palette of gre
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,9 +49,6 @@ class PaletteTokenizer(Tokenizer):
         self.channels = colours.shape[1]
         self.facts = dict(facts or {})
         self._centres = torch.from_numpy(colours.astype(np.float32))
-        self._ids = np.zeros(0, np.int32)
-        """The id of each colour met so far, -1 of others: one look-up a pixel from its second
-        meeting on, where the search costs K distances."""
 
     @classmethod
     def train(cls, settings: PaletteSettings, pixels: np.ndarray, seed: int) -> "PaletteTokenizer":
@@ -101,10 +99,14 @@ class PaletteTokenizer(Tokenizer):
             encoded.append(ids.astype(dtype).reshape(image.shape[:2]))
         return encoded
 
+    @cached_property
+    def _ids(self) -> np.ndarray:
+        """The id of each colour met so far, -1 of others: one look-up a pixel from its second
+        meeting on, where the search costs K distances."""
+        return np.full(256**self.channels, -1, np.int32)
+
     def _nearest(self, pixels: np.ndarray) -> np.ndarray:
         """Ids (N,) of pixels (N, C)."""
-        if not len(self._ids):
-            self._ids = np.full(256**self.channels, -1, np.int32)
         keys = pixels[:, 0].astype(np.int32)
         for channel in range(1, self.channels):
             keys = 256 * keys + pixels[:, channel]

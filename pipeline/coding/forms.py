@@ -193,7 +193,7 @@ class Adapter:
             raise NotForModel(f"{rate} Hz; the model's audio has {expected} Hz")
         tokens = self.tokenizer.encode([samples])[0]
         symbols = np.asarray(tokens, dtype=np.int64)
-        if head + tail == write_wav(samples[:0], rate, len(samples)):
+        if head + tail == _wav_header(rate, len(samples)):
             split = Split("wav", [symbols], {"rate": rate, "parts": 1})
         else:
             split = Split("wav", [symbols], {"head": len(head), "parts": 1}, head + tail)
@@ -325,13 +325,17 @@ def _write_png(pixels: npt.NDArray[np.uint8], level: int | None, extra: bytes) -
 # files of samples
 
 
-def write_wav(samples: np.ndarray, rate: int, length: int | None = None) -> bytes:
-    """16-bit mono PCM behind the plainest header, of 44 bytes; `length`: of the samples that the
-    header speaks of, where they come later."""
-    size = 2 * (len(samples) if length is None else length)
+def write_wav(samples: np.ndarray, rate: int) -> bytes:
+    """int16 (T,) as 16-bit mono PCM behind the plainest header."""
+    return _wav_header(rate, len(samples)) + samples.astype("<i2").tobytes()
+
+
+def _wav_header(rate: int, samples: int) -> bytes:
+    """44 bytes: RIFF, fmt, data."""
     form = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, 1, rate, 2 * rate, 2, 16)
-    head = struct.pack("<4sI4s", b"RIFF", 36 + size, b"WAVE") + form
-    return head + struct.pack("<4sI", b"data", size) + samples.astype("<i2").tobytes()
+    size = 2 * samples
+    riff = struct.pack("<4sI4s", b"RIFF", 36 + size, b"WAVE")
+    return riff + form + struct.pack("<4sI", b"data", size)
 
 
 def read_wav(data: bytes) -> tuple[bytes, npt.NDArray[np.int16], bytes, int]:

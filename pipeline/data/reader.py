@@ -13,6 +13,7 @@ import bisect
 import hashlib
 import io
 import json
+import math
 import os
 import threading
 import zlib
@@ -186,6 +187,11 @@ class Shards:
         number = count if most is None else min(most, count)
         return [i * count // number for i in range(number)]
 
+    def spread_tokens(self, split: str, tokens: int) -> list[int]:
+        """Samples from all over a split of tokens that hold about so many, at least one."""
+        held = sum(self.entries[n]["tokens"] for n in self.numbers(split))
+        return self.spread(split, math.ceil(tokens * self.count(split) / max(held, 1)))
+
     def numbers(self, split: str) -> list[int]:
         """Numbers of the shards of a split."""
         return list(self._of_split.get(split, ([], []))[0])
@@ -221,6 +227,16 @@ class Shards:
                 continue
             yield from self.iterate_shard(number, start)
             start = 0
+
+    def pick(self, split: str, most: int | None = None) -> Iterator[Sample]:
+        """All samples of a split, every byte checked, or `most` of them from all over it."""
+        if most is None or most >= self.count(split):
+            yield from self.iterate(split)
+            return
+        for i in self.spread(split, most):
+            sample = self.read(split, i)
+            if sample is not None:  # damaged ones are counted
+                yield sample
 
     def iterate_shard(self, number: int, start: int = 0) -> Iterator[Sample]:
         """Samples of one shard in order; its sha256 and its count are checked at the end."""

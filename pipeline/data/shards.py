@@ -175,7 +175,7 @@ class ShardWriter:
         table[:, CRC] = [crc for _, _, crc, _ in self._rows]
         for column, extension in enumerate(extensions):
             places = [where.get(extension, (-1, 0)) for *_, where in self._rows]
-            table[:, MEMBERS + 2 * column : MEMBERS + 2 * column + 2] = places or np.zeros((0, 2))
+            table[:, MEMBERS + 2 * column : MEMBERS + 2 * column + 2] = places
         offsets = self.folder / offsets_name(self.name)
         temporary = offsets.with_name(f".{offsets.name}.tmp")
         with open(temporary, "wb") as file:

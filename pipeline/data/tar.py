@@ -1,4 +1,4 @@
-"""A tar a member at a time, byte for byte as webdataset's TarWriter writes it.
+"""A tar a sample at a time, byte for byte as webdataset's TarWriter writes it.
 
 Its members are `key.ext` with mode 0444, no owner and no time, so a header differs from the last
 one in name, size and checksum only (POSIX.1-1988, "ustar"). TarWriter goes through tarfile, which
@@ -47,8 +47,7 @@ class Tar:
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
         self._sha256 = hashlib.sha256()
-        self.position = 0
-        """Bytes written."""
+        self._position = 0  # bytes written
 
     def write(self, members: Sequence[tuple[str, bytes]]) -> tuple[list[int], int]:
         """Append members: where the data of each begin, and the crc32 of all that was written, but
@@ -56,10 +55,10 @@ class Tar:
         pieces, starts = [], []
         for name, data in members:
             pieces += [header(name, len(data)), data]
-            starts.append(self.position + BLOCK)
+            starts.append(self._position + BLOCK)
             padding = -len(data) % BLOCK
             pieces.append(bytes(padding))
-            self.position += BLOCK + len(data) + padding
+            self._position += BLOCK + len(data) + padding
         whole = b"".join(pieces)
         self._write(whole)
         return starts, zlib.crc32(memoryview(whole)[: len(whole) - len(pieces[-1])])
@@ -70,7 +69,7 @@ class Tar:
 
     def close(self) -> str:
         """Two empty blocks, then as many as fill the last record; sha256 of the whole."""
-        end = self.position + 2 * BLOCK
+        end = self._position + 2 * BLOCK
         record = tarfile.RECORDSIZE
-        self._write(bytes(-(-end // record) * record - self.position))
+        self._write(bytes(-(-end // record) * record - self._position))
         return self._sha256.hexdigest()

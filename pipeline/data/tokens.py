@@ -1,6 +1,5 @@
 """A split of a token artifact: sample i as an array, lengths without reading the samples."""
 
-import math
 import threading
 from functools import cached_property
 from pathlib import Path
@@ -70,7 +69,7 @@ class TokenSet:
 
     def spread(self, tokens: int) -> list[int]:
         """Samples from all over the set that hold about so many tokens, at least one."""
-        return self.shards.spread(self.split, math.ceil(tokens * self.samples / self.tokens))
+        return self.shards.spread_tokens(self.split, tokens)
 
     @cached_property
     def lengths(self) -> np.ndarray:

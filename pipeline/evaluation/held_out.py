@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from chainrule.pipeline.data.reader import Sample, ShardError, Shards
+from chainrule.pipeline.data.reader import ShardError, Shards
 from chainrule.pipeline.data.tokens import OF_ONE_SHAPE, TokenSet
 from chainrule.pipeline.data.vocabulary import Vocabulary
 from chainrule.pipeline.stage import StageFailed
@@ -67,7 +67,7 @@ class Encoded:
     def training(self, most: int | None = None) -> Iterator[np.ndarray]:
         """Tokens of training samples, about `most` from all over them."""
         number = None if most is None else math.ceil(most / max(1.0, self.lengths.mean()))
-        for sample in spread_samples(self.shards, "train", number):
+        for sample in self.shards.pick("train", number):
             yield self.encode(sample.raw(self.modality)).ravel()
 
 
@@ -93,12 +93,8 @@ class Stored:
 
     def training(self, most: int | None = None) -> Iterator[np.ndarray]:
         """Tokens of training samples, about `most` from all over them."""
-        number = None
-        if most is not None:
-            entries = [self.shards.entries[i] for i in self.shards.numbers("train")]
-            tokens = sum(entry["tokens"] for entry in entries)
-            number = math.ceil(most * self.shards.count("train") / max(1, tokens))
-        for sample in spread_samples(self.shards, "train", number):
+        number = None if most is None else len(self.shards.spread_tokens("train", most))
+        for sample in self.shards.pick("train", number):
             yield sample.tokens().ravel()
 
 
@@ -128,17 +124,6 @@ def documents(
         yield document.ravel(), label_of(meta) if conditional else None
 
 
-def spread_samples(shards: Shards, split: str, most: int | None) -> Iterator[Sample]:
-    """All samples of a split, every byte checked, or `most` from all over it."""
-    if most is None or most >= shards.count(split):
-        yield from shards.iterate(split)
-        return
-    for i in shards.spread(split, most):
-        sample = shards.read(split, i)
-        if sample is not None:
-            yield sample
-
-
 def label_of(meta: dict[str, Any]) -> int:
     """A sample's class; -1 where it has none."""
     label = meta.get("label")
@@ -150,7 +135,7 @@ def labelled_images(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Images (N, H, W, C) and labels (N,) of a split, or of `most` from all over it;
     StageFailed without."""
-    samples = list(spread_samples(shards, split, most))
+    samples = list(shards.pick(split, most))
     if not samples:
         raise StageFailed(f"{shards.folder}: split '{split}' is empty; the classifier needs it")
     if any(sample.meta.get("label") is None for sample in samples):

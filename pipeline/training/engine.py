@@ -415,16 +415,14 @@ class Engine:
         """The model computes with the averaged weights inside."""
         if self._ema is None:
             raise ValueError("no average is kept")
-        interrupted: StageInterrupted | None = None
-        with self._ema.in_place_of_masters():
-            self._masters_to_model()
-            try:
+        try:
+            with self._ema.in_place_of_masters():
+                self._masters_to_model()
                 yield
-            except StageInterrupted as agreed:  # by all ranks; after a failure nobody may answer
-                interrupted = agreed
+        except StageInterrupted:  # agreed on by all ranks; after a failure nobody may answer
+            self._masters_to_model()
+            raise
         self._masters_to_model()
-        if interrupted is not None:
-            raise interrupted
 
     # --- weights and moments, whole -------------------------------------------------------
 
