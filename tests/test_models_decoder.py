@@ -14,7 +14,6 @@ from chainrule.pipeline.models.kernels import (
     quick_gelu,
     rotate,
     swiglu,
-    written_out_attention,
 )
 from chainrule.pipeline.models.registry import PRESETS, resolve
 
@@ -197,17 +196,6 @@ def test_gradients_by_hand_are_those_of_autograd() -> None:
             strict=True,
         ):
             assert torch.allclose(a, b, atol=1e-12)
-
-
-@pytest.mark.parametrize("kv_heads", [1, 4])
-def test_attention_written_out_is_attention(kv_heads: int) -> None:
-    torch.manual_seed(0)
-    q = torch.randn(2, 4, 6, 8)
-    k, v = torch.randn(2, 2, kv_heads, 6, 8).unbind()
-    mask = torch.ones(6, 6, dtype=torch.bool).tril()
-    bias = torch.zeros(1, 1, 6, 6).masked_fill(~mask, -torch.inf)
-    wanted = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=kv_heads != 4)
-    assert torch.allclose(written_out_attention(q, k, v, bias, 0.0), wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("preset", FAMILIES)

@@ -13,7 +13,6 @@ F width of the MLP, P numbers a conditional.
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from chainrule.pipeline.models import native
+from chainrule.pipeline.models.attention import Attend, full_attention
 from chainrule.pipeline.models.contract import Autoregressive, Conditional, Cursor
 from chainrule.pipeline.models.decoder_config import PRESETS, DecoderConfig
 from chainrule.pipeline.models.heads import projection
@@ -28,20 +28,14 @@ from chainrule.pipeline.models.inputs import ClassEmbedding, check_condition, ch
 from chainrule.pipeline.models.kernels import (
     Linear,
     RMSNorm,
-    attention_bias,
-    attention_is_written_out,
     quick_gelu,
     split_heads,
     swiglu,
-    written_out_attention,
 )
 from chainrule.pipeline.models.kv_cache import DecoderCursor
 from chainrule.pipeline.models.orderings import inverse
 
 __all__ = ["FAMILIES", "PRESETS", "Decoder", "DecoderConfig"]
-
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer, q_BHTd, k_BKTd, v_BKTd) -> BHTd: attention over what the caller lets be seen."""
 
 
 def _norm(config: DecoderConfig) -> nn.Module:
@@ -142,23 +136,6 @@ class Block(nn.Module):
 
 def _drop(x: Tensor, rate: float) -> Tensor:
     return F.dropout(x, rate) if rate else x
-
-
-def visible(
-    length: int, window: int | None, documents: Tensor | None, device: torch.device
-) -> Tensor | None:
-    """Which input may look at which: (T, T) or (B, 1, T, T) bool, None for plain causality."""
-    windowed = window is not None and window < length
-    if documents is None and not windowed:
-        return None
-    mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    if windowed:
-        assert window is not None
-        mask = mask.triu(1 - window)
-    if documents is not None:
-        mask = mask & (documents.unsqueeze(2) == documents.unsqueeze(1))
-        mask = mask.unsqueeze(1)
-    return mask
 
 
 class Decoder(Autoregressive):
@@ -302,8 +279,7 @@ class Decoder(Autoregressive):
 
         rope = self.rope(0, length, h)
         attention_dropout = config.attention_dropout if self.training else 0.0
-        mask = visible(length, config.window, documents, x.device)
-        attend = _full_attention(mask, attention_dropout)
+        attend = full_attention(length, config.window, documents, attention_dropout, x.device)
         kept = [h] if keep else []
         for block in self.blocks:
             if self.activation_checkpointing and self.training:
@@ -349,29 +325,6 @@ class Decoder(Autoregressive):
         kind = "cpu" if like.is_meta else like.device.type  # meta: shapes alone (chainrule plan)
         cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
         return self._rope[:, first:end].unsqueeze(2).to(cast)
-
-
-def _full_attention(mask: Tensor | None, dropout: float) -> Attend:
-    """Attention of all inputs at once, for training and scoring."""
-    bias: Tensor | None = None
-
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        nonlocal bias
-        if attention_is_written_out(q):
-            if bias is None:
-                bias = attention_bias(q, mask)
-            return written_out_attention(q, k, v, bias, dropout)
-        return F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None,
-            dropout_p=dropout,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-
-    return attend
 
 
 FAMILIES: dict[str, tuple[type[DecoderConfig], type[Decoder]]] = {

@@ -3,9 +3,8 @@
 Norm, rotation and SwiGLU have their gradients written out, in about half the passes over
 memory that autograd makes of the plain expressions: at the sizes that a CPU trains, those are
 as dear as the matrix products between them; where native.py has a compiler, each is one pass
-in C. In bf16 two kernels of torch's are replaced by
-better ones of its own: attention's backward pass, and products with few rows. Under
-`torch.compile` everything is the plain expression, which it fuses itself.
+in C. In bf16 products with few rows go through better kernels of torch's own than the one it
+takes. Under `torch.compile` everything is the plain expression, which it fuses itself.
 """
 
 from typing import Any
@@ -193,40 +192,6 @@ class Linear(nn.Linear):
         if self.bias is not None:
             y = y + self.bias
         return y.view(*x.shape[:-1], -1)
-
-
-def attention_is_written_out(q: Tensor) -> bool:
-    """Where three plain products beat torch's kernel: in bf16 on a CPU its backward pass is
-    2 to 7 times slower than they are (contexts of 256 and 64)."""
-    return (
-        q.device.type == "cpu"
-        and q.dtype == torch.bfloat16
-        and torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-    )
-
-
-def attention_bias(q: Tensor, mask: Tensor | None) -> Tensor:
-    """0 where an input may look, -inf where not: (B or 1, 1, T, T) of the dtype of `q`."""
-    length = q.shape[2]
-    if mask is None:
-        mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
-    bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device)
-    return bias.masked_fill_(~mask, -torch.inf)
-
-
-def written_out_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout: float) -> Tensor:
-    """softmax(q k^T / sqrt(d) + bias) v; q (B, H, T, d), k and v (B, K, T, d)."""
-    batch, heads, length, width = q.shape
-    if k.shape[1] != heads:
-        k, v = (t.repeat_interleave(heads // t.shape[1], dim=1) for t in (k, v))
-    q, k, v = (t.reshape(batch * heads, length, width) for t in (q, k, v))
-    bias = bias.expand(batch, heads, length, length).reshape(-1, length, length)
-    scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=width**-0.5)
-    weights = torch.softmax(scores, dim=-1)
-    if dropout:
-        weights = F.dropout(weights, dropout)
-    return (weights @ v).view(batch, heads, length, width)
 
 
 def _by_hand() -> bool:
