@@ -50,6 +50,7 @@ def write_gallery(run: Path, out: Path | None = None) -> Path:
     page = TEMPLATE.read_text(encoding="utf-8")
     # "</" would end the script element that holds the data.
     page = page.replace("/*DATA*/null", data.replace("</", "<\\/"))
+    out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.tmp")
     temporary.write_text(page, encoding="utf-8")
     temporary.replace(out)

@@ -70,10 +70,12 @@ class Config(Settings):
     precision: Precision = "fp32"
     seed: int = Field(0, ge=0)
     faults: FaultSettings = FaultSettings()
-    checkpoint_every: int = Field(1000, ge=1)
-    keep: int = Field(2, ge=1, description="newest checkpoints that are kept")
-    keep_every: int | None = Field(None, ge=1, description="multiples that are kept as well")
-    validate_every: int | None = Field(None, ge=1, description="null: at the end only")
+    # When something is written or measured changes no step of training. (What `weights: best`
+    # and `average` choose from it does: they take what there is.)
+    checkpoint_every: int = runtime(1000, ge=1)
+    keep: int = runtime(2, ge=1, description="newest checkpoints that are kept")
+    keep_every: int | None = runtime(None, ge=1, description="multiples that are kept as well")
+    validate_every: int | None = runtime(None, ge=1, description="null: at the end only")
     validation_batches: int | None = Field(
         None, ge=1, description="of each validation, the same ones; null: the whole split"
     )

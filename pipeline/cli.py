@@ -361,7 +361,9 @@ def _main() -> int:
         where = f" ({error.ctx.command_path} --help)" if error.ctx is not None else ""
         say(f"error: {error.format_message()}{where}")
         return WRONG_REQUEST
-    except typer.Exit as error:
+    except typer.Exit as error:  # typer makes one of a KeyboardInterrupt
+        if error.exit_code == INTERRUPTED:
+            say("interrupted; the same command goes on from where it stopped")
         return int(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         say("interrupted; the same command goes on from where it stopped")

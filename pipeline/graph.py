@@ -23,7 +23,7 @@ from chainrule.pipeline.artifact import (
     partial_folder,
     read_json,
 )
-from chainrule.pipeline.config import Resources, Settings, digest, result_settings
+from chainrule.pipeline.config import RequestError, Resources, Settings, digest, result_settings
 from chainrule.pipeline.sources import source_digest
 from chainrule.pipeline.stage import Input
 
@@ -82,6 +82,8 @@ class Pipeline:
     runs: Path
     stages: dict[str, StageSpec]
     overrides: list[str] = field(default_factory=list)
+    without_source: dict[str, str] = field(default_factory=dict)
+    """Stages whose raw data are gone, and what is said of them."""
     _fingerprints: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -107,10 +109,33 @@ class Pipeline:
                 },
             }
             if hasattr(spec.module, "source_files"):
-                files = spec.module.source_files(spec.config)
+                try:
+                    files = spec.module.source_files(spec.config)
+                except RequestError as error:
+                    if not self._is_as_asked(stage):
+                        raise RequestError(f"stage '{stage}': {error}") from None
+                    # Raw data that were moved away since: what was made of them stands.
+                    self.without_source[stage] = str(error)
+                    manifest = read_json(self.folder(stage) / MANIFEST)
+                    self._fingerprints[stage] = manifest["fingerprint"]
+                    return self._fingerprints[stage]
                 content["source"] = source_digest(files, self.root / ".sources" / f"{stage}.json")
             self._fingerprints[stage] = digest(content)
         return self._fingerprints[stage]
+
+    def _is_as_asked(self, stage: str) -> bool:
+        """Whether there is an artifact, made with the settings that are asked for now."""
+        folder = self.folder(stage)
+        if not (folder / MANIFEST).is_file():
+            return False
+        return not self._changed_settings(stage)
+
+    def _changed_settings(self, stage: str) -> list[str]:
+        """Of the settings that decide the result, those that are others than the artifact's."""
+        spec = self.stages[stage]
+        wanted = {"job": spec.job, **result_settings(spec.config)}
+        stored = yaml.safe_load((self.folder(stage) / "config.yaml").read_text())
+        return list(_differences(_of_keys(wanted, stored), wanted))
 
     def downstream(self, stage: str) -> set[str]:
         """The stage and all that hang on it."""
@@ -136,7 +161,8 @@ class Pipeline:
         attempt = _attempt(partial_folder(folder), wanted)
         published = (folder / MANIFEST).is_file()
         if published and read_json(folder / MANIFEST).get("fingerprint") == wanted:
-            return State.FRESH, "done"
+            gone = self.without_source.get(stage)
+            return State.FRESH, f"done (its raw data are gone: {gone})" if gone else "done"
         if attempt is not None:
             if "failed" in attempt:
                 return State.FAILED, attempt["failed"]["error"]
@@ -152,10 +178,7 @@ class Pipeline:
             before = [entry["fingerprint"] for entry in manifest["inputs"].get(role, [])]
             if before != [self.fingerprint(name) for name in names]:
                 return f"input {role} ({', '.join(names)}) changed"
-        stored = yaml.safe_load((folder / "config.yaml").read_text())
-        differences = list(_differences(stored, self.stages[stage].merged()))
-        changed = [d for d in differences if not d.startswith(("resources", "inputs"))]
-        return "; ".join(changed[:3]) or "the source files changed"
+        return "; ".join(self._changed_settings(stage)[:3]) or "the source files changed"
 
 
 def _attempt(partial: Path, fingerprint: str) -> dict[str, Any] | None:
@@ -163,6 +186,13 @@ def _attempt(partial: Path, fingerprint: str) -> dict[str, Any] | None:
         return None
     attempt = read_json(partial / ATTEMPT)
     return attempt if attempt["fingerprint"] == fingerprint else None
+
+
+def _of_keys(pattern: Any, value: Any) -> Any:
+    """`value` without the keys that `pattern` has not, on every level."""
+    if not (isinstance(pattern, dict) and isinstance(value, dict)):
+        return value
+    return {key: _of_keys(pattern[key], item) for key, item in value.items() if key in pattern}
 
 
 def _differences(before: Any, after: Any, path: str = "") -> Iterator[str]:

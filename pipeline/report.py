@@ -40,6 +40,7 @@ def write_report(root: Path, out: Path | None = None) -> Path:
         title=escape(f"{root.name} · chainrule"), body=_body(root, stages)
     )
     out = out or root / "report.html"
+    out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.tmp")
     temporary.write_text(page, encoding="utf-8")
     temporary.replace(out)

@@ -21,8 +21,8 @@ def stage_rows(pipeline: Pipeline) -> list[dict[str, Any]]:
             "reason": reason,
             "fingerprint": pipeline.fingerprint(name),
         }
-        if (partial / ATTEMPT).is_file():
-            attempt = read_json(partial / ATTEMPT)
+        attempt = read_json(partial / ATTEMPT) if (partial / ATTEMPT).is_file() else None
+        if attempt is not None and attempt["fingerprint"] == row["fingerprint"]:
             row |= {"seconds": attempt["seconds"], "attempts": attempt["attempts"]}
             row |= last_metrics(partial)
         elif (folder / MANIFEST).is_file():

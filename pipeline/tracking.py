@@ -13,7 +13,9 @@ import contextlib
 import fcntl
 import logging
 import os
+import posixpath
 import queue
+import re
 import sys
 import threading
 import time
@@ -60,6 +62,15 @@ def _alone(runs: Path) -> Iterator[None]:
     with open(runs / ".mlflow.lock", "a") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
         yield
+
+
+def metric_name(name: str) -> str:
+    """`name` as MLflow takes it (letters, digits, `_-. :/`, 250 of them, a path without empty
+    or dotted parts): one name that it refuses would take a whole batch with it."""
+    clean = re.sub(r"[^\w.\- :/]", "_", name)[:250]
+    if clean != posixpath.normpath(clean) or clean.startswith(("/", ".")):
+        clean = clean.replace("/", "_").strip(".") or "_"
+    return clean
 
 
 def experiment(store: Any, name: str, runs: Path) -> str:
@@ -109,7 +120,8 @@ class Tracker:
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         stamp = int(time.time() * 1000)
-        self._queue.put(("metrics", [(key, value, stamp, step) for key, value in values.items()]))
+        named = [(metric_name(key), value, stamp, step) for key, value in values.items()]
+        self._queue.put(("metrics", named))
 
     def parameters(self, values: Mapping[str, Any]) -> None:
         self._queue.put(("parameters", dict(values)))

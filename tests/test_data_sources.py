@@ -124,7 +124,7 @@ def test_missing_and_empty_folders_are_one_line(kind: type, tmp_path: Path) -> N
             getattr(kind(kind=name, path=tmp_path / "none"), method)()
         with pytest.raises(SourceError) as empty:
             getattr(kind(kind=name, path=tmp_path), method)()
-        assert str(missing.value) == f"{tmp_path / 'none'}: no such folder"
+        assert str(missing.value) == f"{tmp_path / 'none'}: no such file or folder"
         assert str(empty.value).startswith(f"{tmp_path}: no files that end in")
         assert str(empty.value).endswith("the folder is empty")
         assert "\n" not in str(empty.value)
@@ -210,6 +210,12 @@ def test_tables_of_reals(tmp_path: Path) -> None:
         Table(kind="table", path=path).open()
     with pytest.raises(SourceError, match="no column 'q'"):
         Table(kind="table", path=path, columns=["q"]).open()
+    path.write_text("1,2\n3,4\n")
+    with pytest.raises(SourceError, match="first line is numbers"):
+        Table(kind="table", path=path).open()
+    path.write_text("a;b\n3;4\n")
+    with pytest.raises(SourceError, match="separated by commas, not 'a;b'"):
+        Table(kind="table", path=path).open()
     np.save(tmp_path / "t.npy", np.array([[1.0, 4], [3, 8]]))
     scaled = Table(kind="table", path=tmp_path / "t.npy", standardize=True).open()
     assert Sample("0", scaled.read(0).members).values().tolist() == [-1.0, -1.0]

@@ -182,9 +182,9 @@ def test_missing_sources_are_refused_before_and_after_the_start(tmp_path: Path) 
     config = ingest.Config.model_validate(
         {"source": {"kind": "image-folder", "path": str(tmp_path / "none")}}
     )
-    with pytest.raises(SourceError, match="none: no such folder"):
+    with pytest.raises(SourceError, match="none: no such (file or )?folder"):
         ingest.source_files(config)
-    with pytest.raises(SourceError, match="none: no such folder"):
+    with pytest.raises(SourceError, match="none: no such (file or )?folder"):
         run(tmp_path / "out", **config.model_dump())
 
 

@@ -193,7 +193,7 @@ def test_two_ranks_killed_end_the_same(tmp_path, text, uninterrupted, strategy):
 
 def test_a_signal_saves_and_asks_for_more(tmp_path, text, uninterrupted):
     folder = tmp_path / "decoder"
-    for number, at in ((signal.SIGTERM, 7), (signal.SIGUSR1, 23)):
+    for number, at in ((signal.SIGTERM, 7), (signal.SIGUSR1, 17), (signal.SIGINT, 27)):
         started = ranks.start(folder, [text], BASE)
         assert ranks.signal_when(started, lambda at=at: ranks.steps_logged(folder) >= at, number)
         assert ranks.finish_all(started) == [REQUEUE]

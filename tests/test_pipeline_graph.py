@@ -227,6 +227,33 @@ def test_unfinished_work_under_other_settings_is_dropped(config: Path) -> None:
     assert (load(config).folder("c") / "attempts.txt").read_text() == "x"
 
 
+def test_a_stage_stands_though_its_raw_data_are_gone(
+    config: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    raw = tmp_path / "raw.txt"
+    raw.write_text("raw")
+
+    def source_files(settings: SourceConfig) -> list[Path]:
+        if not raw.is_file():
+            raise RequestError(f"{raw}: no such file")
+        return [raw]
+
+    monkeypatch.setattr(JOBS["write"], "source_files", source_files, raising=False)
+    launch.run_pipeline(load(config), Selection())
+    raw.unlink()
+    assert set(states(config, "a.workers=3").values()) == {"fresh"}
+    assert "raw data are gone" in load(config).state("a")[1]
+    assert launch.run_pipeline(load(config), Selection(only=("d",), force=("d",))) == 0
+    with pytest.raises(RequestError, match=r"stage 'a': .*raw.txt: no such file"):
+        states(config, "a.text=other")
+
+
+def test_what_changes_no_result_is_no_reason_to_be_stale(config: Path) -> None:
+    launch.run_pipeline(load(config), Selection())
+    _, why = load(config, "b.text=zwei", "b.workers=5").state("b")
+    assert why == "text: two → zwei"
+
+
 def test_selection(config: Path) -> None:
     pipeline = load(config)
     assert Selection(only=("b",)).stages(pipeline) == ["b"]

@@ -49,6 +49,28 @@ def test_a_resumed_run_repeats_no_step(runs: Path, tmp_path: Path) -> None:
     assert store.get_run(parent.run_id).info.status == "KILLED"
 
 
+def test_a_name_that_mlflow_refuses_takes_nothing_with_it(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracker = Tracker(runs, "digits", "scoreboard")
+    names = [
+        "loss",
+        "PPMd (order 6).joined",
+        "class.b c (1)",
+        "a//b",
+        "../up",
+        "größe.日本",
+        "n" * 300,
+    ]
+    tracker.metrics(1, {name: 1.0 for name in names})
+    tracker.finish("FINISHED")
+    assert "MLflow" not in capsys.readouterr().err
+    run = tracking.client(runs).get_run(tracker.run_id)
+    assert run.info.status == "FINISHED"
+    assert len(run.data.metrics) == len(names)
+    assert {"loss", "PPMd _order 6_.joined", "class.b c _1_", "größe.日本"} <= set(run.data.metrics)
+
+
 def test_a_store_that_is_away_neither_stops_nor_slows(
     runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -315,10 +315,24 @@ def _member(arrays: dict[str, np.ndarray], name: str, path: Path) -> np.ndarray:
     return arrays[name]
 
 
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _read_csv(path: Path, columns: list[str] | None) -> tuple[list[str], np.ndarray]:
     with open(path, newline="", encoding="utf-8") as file:
         reader = csv.reader(file)
         header = next(reader, [])
+        if header and all(_is_number(name) for name in header):
+            raise SourceError(
+                f"{path}: the first line is numbers; a table needs a line of column names"
+            )
+        if len(header) == 1 and header[0].count(";") + header[0].count("\t"):
+            raise SourceError(f"{path}: columns are to be separated by commas, not '{header[0]}'")
         names = columns or header
         missing = [name for name in names if name not in header]
         if missing or not names:

@@ -1,6 +1,7 @@
 """Sources of audio. A sample is mono, 16 bits, at one sampling rate, stored losslessly."""
 
 import io
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -91,7 +92,8 @@ def decode(data: bytes, rate: int, max_seconds: float) -> np.ndarray:
                 raise Unreadable(f"truncated: {len(samples)} of {file.frames} frames")
             own_rate = file.samplerate
     except (soundfile.LibsndfileError, RuntimeError, OSError) as error:
-        raise Unreadable(f"damaged: {error}") from None
+        said = re.sub(r"<_io\.\w+ object at 0x[0-9a-f]+>", "it", str(error))  # the same every time
+        raise Unreadable(f"damaged: {said}") from None
     if not len(samples):
         raise Unreadable("holds no sound")
     if exact:

@@ -120,7 +120,7 @@ class Tree:
         elif path.is_file():
             raise SourceError(f"{path}: neither a folder nor a tar ({', '.join(ARCHIVES)})")
         else:
-            raise SourceError(f"{path}: no such folder")
+            raise SourceError(f"{path}: no such file or folder")
         self.names = sorted(name for name in found if name.lower().endswith(wanted))
         if not self.names:
             raise SourceError(
@@ -148,7 +148,7 @@ def tree_files(path: Path, suffixes: Iterable[str]) -> list[Path]:
     if path.is_dir():
         return [path / name for name in Tree(path, suffixes).names]
     if not path.is_file():
-        raise SourceError(f"{path}: no such folder")
+        raise SourceError(f"{path}: no such file or folder")
     return [path]
 
 

@@ -1,6 +1,7 @@
 """What moves with the step besides weights, and how a run begins, goes back and stops."""
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -125,20 +126,29 @@ class LedgerKeeper:
 
 
 class StopSignals:
-    """Whether SIGTERM or SIGUSR1 came."""
+    """Whether SIGTERM, SIGUSR1 or a first Ctrl-C came."""
 
     requested = False
+    since = 0.0
 
 
 @contextmanager
 def stop_signals() -> Iterator[StopSignals]:
-    """Turn SIGTERM and SIGUSR1 into a wish that the loop reads, for a while."""
+    """Turn SIGTERM, SIGUSR1 and Ctrl-C into a wish that the loop reads, for a while. A second
+    Ctrl-C does not wait for it."""
     stop = StopSignals()
 
-    def note(_number: int, _frame: Any) -> None:
-        stop.requested = True
+    def note(number: int, _frame: Any) -> None:
+        now = time.monotonic()
+        if not stop.requested:
+            stop.requested, stop.since = True, now
+        elif (
+            number == signal.SIGINT and now - stop.since > 1
+        ):  # a launcher passes the first on, too
+            raise KeyboardInterrupt
 
-    before = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGUSR1)}
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = {n: signal.signal(n, note) for n in numbers}
     try:
         yield stop
     finally:
