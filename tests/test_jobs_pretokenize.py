@@ -261,13 +261,13 @@ def test_ten_crops_are_baked_in_and_recorded(digits: Artifact, tmp_path: Path) -
 # --- what cannot be used ----------------------------------------------------------------
 
 
-def odd_pictures(folder: Path, odd: int) -> Artifact:
+def odd_pictures(folder: Path, odd: int, apart: int = 1) -> Artifact:
     from PIL import Image
 
     (folder / "pictures").mkdir(parents=True)
     generator = np.random.default_rng(0)
     for i in range(40):
-        shape = (9, 8) if i < odd else (8, 8)
+        shape = (9, 8) if i in range(0, odd * apart, apart) else (8, 8)
         pixels = generator.integers(0, 256, shape).astype(np.uint8)
         Image.fromarray(pixels).save(folder / "pictures" / f"{i:02d}.png")
     source = {"kind": "image-folder", "path": str(folder / "pictures"), "channels": 1}
@@ -290,6 +290,25 @@ def test_too_many_unusable_samples_stop_the_stage(vqvae: Artifact, tmp_path: Pat
     with pytest.raises(StageFailed, match=r"not divisible.*\n\d of 40 .* max_skipped is 0\.05"):
         run(tmp_path / "out", data, vqvae, max_skipped=0.05)
     assert not (tmp_path / "out" / "index.json").exists()
+
+
+def test_workers_that_each_skip_few_enough_are_counted_together(
+    vqvae: Artifact, tmp_path: Path
+) -> None:
+    data = odd_pictures(tmp_path, 3, apart=12)
+    out = tmp_path / "out"
+    shards = Shards.open(data.folder)
+    odd = [
+        sum(sample.image().shape[0] == 9 for sample in shards.iterate_shard(number))
+        for number in range(len(shards.entries))
+    ]
+    assert {sum(odd[0::2]), sum(odd[1::2])} == {1, 2}  # each within the 2 of 40 allowed
+    run(out, data, vqvae, 1, 2, max_skipped=0.05)
+    with pytest.raises(StageFailed, match=r"not divisible.*\n3 of 40 .* max_skipped is 0\.05"):
+        run(out, data, vqvae, 0, 2, max_skipped=0.05)
+    assert not (out / "index.json").exists()
+    run(out, data, vqvae, 0, 2, max_skipped=0.075)
+    assert json.loads((out / "index.json").read_text())["skipped"] == 3
 
 
 def test_a_raw_shard_that_was_altered_is_named(
