@@ -101,8 +101,9 @@ def open_inputs(config: Config, stage: Stage) -> tuple[Shards, Tokenizer]:
     health = tokenizer.card().get("health", {})
     usage = health.get("usage_of_reachable")
     if usage is not None and usage < config.minimum_usage and not config.accept_collapsed:
+        level = f"level {health['worst_level']}: " if "worst_level" in health else ""
         raise StageFailed(
-            f"{folder}: collapsed codebook: {health['codebook_usage']:.1%} of "
+            f"{folder}: collapsed codebook: {level}{health['codebook_usage']:.1%} of "
             f"{health['codebook_size']} codes used (perplexity {health['codebook_perplexity']:.1f})"
             f", minimum_usage is {config.minimum_usage:g}\n"
             "train it with a smaller codebook_size, longer, or with quantizer ema or fsq; "

@@ -21,6 +21,7 @@ from chainrule.pipeline.stage import Stage, StageFailed, StageInterrupted
 from chainrule.pipeline.training.checkpoints import Checkpoint, CheckpointWriter, newest, snapshot
 from chainrule.pipeline.training.ema import ExponentialAverage
 from chainrule.tokenizers.autoencoder import Autoencoder, AutoencoderTokenizer, to_pixels
+from chainrule.tokenizers.health import of_levels, worst_level
 from chainrule.tokenizers.interface import TokenizerError
 from chainrule.tokenizers.losses import Adversary, Watch, average_gradients, build_perceptual
 from chainrule.tokenizers.vqgan import VQGANTokenizer
@@ -77,7 +78,8 @@ class Trainer:
                 self.psnr_watch = Watch(config.adversarial)
         except TokenizerError as error:
             raise StageFailed(f"stage '{stage.name}': {error}") from None
-        self.counts = torch.zeros(config.tokenizer.codebook_size, device=self.device)
+        self.depth = self.model.quantizer.depth
+        self.counts = torch.zeros(self.depth, config.tokenizer.codebook_size, device=self.device)
         self.checkpoints = stage.folder / CHECKPOINTS
         self._writer: CheckpointWriter | None = None
         self._asked = self._stopping = False
@@ -149,7 +151,10 @@ class Trainer:
             with self._autocast():
                 more |= self.adversary.update(x, fake, factor)
         with torch.no_grad():
-            self.counts += torch.bincount(quantized.codes.flatten(), minlength=len(self.counts))
+            for counts, codes in zip(
+                self.counts, quantized.codes.reshape(-1, self.depth).T, strict=True
+            ):
+                counts += torch.bincount(codes, minlength=len(counts))
             asked = torch.tensor(float(self._asked), device=self.device)
             values = [loss, error, pixels, quantized.commitment, asked, *more.values()]
             figures = torch.stack([value.detach().float() for value in values])
@@ -173,17 +178,22 @@ class Trainer:
         }
 
     def window(self) -> dict[str, float]:
-        """Codebook usage and perplexity over the steps since the last call."""
+        """Codebook usage and perplexity over the steps since the last call.
+
+        Of several levels those of the worst, and each level's beside them.
+        """
         counts = self.counts.clone()
         if self.stage.world_size > 1:
             dist.all_reduce(counts)
         self.counts.zero_()
-        p = counts / counts.sum().clamp_min(1)
-        entropy = -(p * p.clamp_min(1e-12).log()).sum()
-        return {
-            "codebook_usage": float((counts > 0).float().mean()),
-            "codebook_perplexity": float(entropy.exp()),
-        }
+        levels = []
+        for of_level in counts:
+            p = of_level / of_level.sum().clamp_min(1)
+            entropy = -(p * p.clamp_min(1e-12).log()).sum()
+            usage = float((of_level > 0).float().mean())
+            levels.append({"codebook_usage": usage, "codebook_perplexity": float(entropy.exp())})
+        worst = levels[worst_level(levels)]
+        return worst if len(levels) == 1 else worst | of_levels(levels)
 
     def watch(self, step: int, psnr: float) -> None:
         """StageFailed where the discriminator's start wrecked the picture."""
@@ -281,6 +291,7 @@ class Trainer:
             _load_moments(self.adversary.optimizer, moments)
             self.psnr_watch = Watch(self.psnr_watch.settings, checkpoint.state["watch"])
         counts = dict(checkpoint.tensors("window"))["counts"].to(self.device)
+        counts = counts.view_as(self.counts)
         # summed over ranks when saved: one rank takes it up
         self.counts = counts if self.stage.is_main else torch.zeros_like(counts)
 

@@ -19,7 +19,9 @@ from chainrule.pipeline.data.reader import Sample, ShardError, Shards
 from chainrule.pipeline.data.tokens import TokenSet
 from chainrule.pipeline.stage import Stage, StageFailed
 from chainrule.tokenizers import interface
+from chainrule.tokenizers.autoencoder import to_pixels
 from chainrule.tokenizers.bytes import ByteTokenizer
+from chainrule.tokenizers.health import measure
 from chainrule.tokenizers.interface import Tokenizer
 from chainrule.tokenizers.mulaw import MuLawSettings, MuLawTokenizer
 from chainrule.tokenizers.pixels import PixelSettings, PixelTokenizer
@@ -207,6 +209,31 @@ def test_a_collapsed_codebook_is_refused_unless_accepted(digits: Artifact, tmp_p
     assert list((tmp_path / "out").glob("shard*")) == []
     run(tmp_path / "low", digits, tokenizer, minimum_usage=0.01)
     run(tmp_path / "meant", digits, tokenizer, accept_collapsed=True)
+
+
+def test_one_collapsed_level_of_a_residual_codebook_is_refused(
+    digits: Artifact, tmp_path: Path
+) -> None:
+    settings = VQVAESettings.model_validate(
+        {
+            "downsampling": 2,
+            "codebook_size": 16,
+            "hidden": 8,
+            "dim": 4,
+            "quantizer": {"kind": "residual", "depth": 2},
+        }
+    )
+    torch.manual_seed(0)
+    model = VQVAETokenizer(settings, 1, (8, 8))
+    images = [sample.image() for sample in Shards.open(digits.folder).iterate("validation")]
+    z = model.model.encoder(to_pixels(np.stack(images)))
+    model.model.quantizer.start(z, torch.Generator().manual_seed(0))
+    second = model.model.quantizer.levels[1]  # type: ignore[index, union-attr]
+    second.codebook[1:] = 1e3  # type: ignore[index, operator, union-attr]
+    model.facts["health"] = measure(model, [images])
+    tokenizer = saved(model, tmp_path / "tokenizer")
+    with pytest.raises(StageFailed, match=r"collapsed codebook: level 2: 6\.2% of 16 codes"):
+        run(tmp_path / "out", digits, tokenizer)
 
 
 def test_an_altered_tokenizer_is_refused(digits: Artifact, tmp_path: Path) -> None:

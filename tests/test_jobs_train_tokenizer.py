@@ -116,6 +116,24 @@ def test_what_a_learned_tokenizer_leaves(quiet: Path, digits: Artifact) -> None:
         assert picture.size == (16 * 66, 3 * 66)
 
 
+def test_levels_of_a_residual_codebook_are_logged_apart_and_resumed(
+    digits: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"tokenizer": {**TINY, "quantizer": {"kind": "residual"}}, "log_every": 4}
+    run(tmp_path / "quiet", digits, **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "watch", lambda self, step, psnr: 1 // (7 - step))
+        with pytest.raises(ZeroDivisionError):
+            run(tmp_path / "cut", digits, **settings)
+    run(tmp_path / "cut", digits, **settings)  # from step 5, in the middle of a window
+    assert contents(tmp_path / "cut") == contents(tmp_path / "quiet")
+    lines = map(json.loads, (tmp_path / "quiet" / "metrics.jsonl").read_text().splitlines())
+    for line in (line for line in lines if "loss" in line):
+        levels = [line[f"codebook_usage_level_{level}"] for level in (1, 2)]
+        assert line["codebook_usage"] == min(levels)
+        assert line["codebook_perplexity_level_2"] <= 16
+
+
 @pytest.mark.parametrize("cut", [0, 3, 5, 7, 11])
 def test_a_run_cut_at_any_step_ends_like_the_quiet_one(
     cut: int, quiet: Path, digits: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
