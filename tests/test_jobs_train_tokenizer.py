@@ -18,6 +18,7 @@ from chainrule.jobs import ingest, train_tokenizer
 from chainrule.jobs.tokenizer_trainer import Trainer
 from chainrule.pipeline.artifact import Artifact
 from chainrule.pipeline.config import RequestError
+from chainrule.pipeline.data.reader import Shards
 from chainrule.pipeline.stage import Stage, StageFailed, StageInterrupted
 from chainrule.tokenizers import interface
 
@@ -259,6 +260,64 @@ def test_two_ranks_train_what_one_trains(quiet: Path, digits: Artifact, tmp_path
     assert sorted(contents(tmp_path)) == sorted(contents(quiet))
     for one, two in zip(_losses(quiet), _losses(tmp_path), strict=True):
         assert two == pytest.approx(one, rel=1e-3)
+
+
+def test_ranks_share_the_validation_split_in_whole_batches(
+    digits: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = Shards.open(digits.folder)
+    for most in (None, 200):
+        beats: list[int] = []
+        monkeypatch.setattr(train_tokenizer, "beat", lambda seen=beats: seen.append(1))
+        alone = list(train_tokenizer.validation(shards, most=most))
+        parts = [
+            list(train_tokenizer.validation(shards, most=most, rank=rank, world_size=3))
+            for rank in range(3)
+        ]
+        assert sum(map(len, alone)) == (270 if most is None else 200)
+        for number, batch in enumerate(alone):
+            assert np.array_equal(parts[number % 3][number // 3], batch)
+        assert sum(map(len, parts)) == len(alone)
+        assert len(beats) >= len(alone) + sum(len(part) for part in parts) - 4  # a tail has none
+    classes = {shards.read("validation", i).meta["label"] for i in shards.spread("validation", 200)}  # type: ignore[union-attr]
+    assert len(classes) == 10
+
+
+MEASURED = """
+import json, sys
+import torch.distributed as dist
+from chainrule.jobs.train_tokenizer import measured
+from chainrule.pipeline.data.reader import Shards
+from chainrule.tokenizers import interface
+
+rank, store, tokenizer, data, out = int(sys.argv[1]), *sys.argv[2:]
+dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
+found = [
+    measured(interface.load(tokenizer), Shards.open(data), most, rank, 2) for most in (None, 100)
+]
+if rank == 0:
+    open(out, "w").write(json.dumps(found))
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_measure_what_one_measures(quiet: Path, digits: Artifact, tmp_path: Path) -> None:
+    paths = [tmp_path / "store", quiet, digits.folder, tmp_path / "found.json"]
+    arguments = [str(path) for path in paths]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", MEASURED, str(rank), *arguments], env=environment)
+        for rank in range(2)
+    ]
+    assert [rank.wait() for rank in ranks] == [0, 0]
+    shards, tokenizer = Shards.open(digits.folder), interface.load(quiet)
+    found = json.loads((tmp_path / "found.json").read_text())
+    for most, shared in zip((None, 100), found, strict=True):
+        alone = train_tokenizer.measured(tokenizer, shards, most)
+        assert shared.pop("psnr") == pytest.approx(alone.pop("psnr"), rel=1e-12)
+        assert shared == alone
 
 
 def _losses(folder: Path) -> list[float]:

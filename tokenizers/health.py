@@ -18,8 +18,24 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
+import torch.distributed as dist
 
 from chainrule.tokenizers.interface import Tokenizer
+from chainrule.tokenizers.quantizers import distributed, sum_over_ranks
+
+SUMS = (
+    "images",
+    "squared",
+    "values",
+    "psnr_sum",
+    "exact",
+    "edges",
+    "edges_back",
+    "sum",
+    "sum_of_squares",
+)
+"""What of a `Health` adds up over images, besides the counts of codes."""
 
 
 def reachable(codes: int, tokens: int) -> float:
@@ -67,6 +83,16 @@ class Health:
         self.images += 1
         for level, codes in enumerate(tokens.reshape(-1, self.depth).T):
             self.counts[level] += np.bincount(codes, minlength=self.codebook_size)
+
+    def sum_over_ranks(self) -> None:
+        """Take in what the other ranks saw; nothing on a single one."""
+        device = "cuda" if distributed() and dist.get_backend() == "nccl" else "cpu"
+        sums = [float(getattr(self, name)) for name in SUMS]
+        # float64 holds counts and squared errors of bytes exactly: n ranks sum what one sums
+        whole = sum_over_ranks(torch.tensor(sums, dtype=torch.float64, device=device))
+        for name, value in zip(SUMS, whole.tolist(), strict=True):
+            setattr(self, name, type(getattr(self, name))(value))
+        self.counts = sum_over_ranks(torch.from_numpy(self.counts).to(device)).cpu().numpy()
 
     def figures(self) -> dict[str, Any]:
         """Flat, for the card and the log. PSNR: mean over the images that differ at all."""
@@ -127,12 +153,16 @@ def _gradient_energy(image: np.ndarray) -> float:
 
 
 def measure(tokenizer: Tokenizer, batches: Iterable[Sequence[np.ndarray]]) -> dict[str, Any]:
-    """Health of an image tokenizer over batches of uint8 images (H, W, C)."""
+    """Health of an image tokenizer over batches of uint8 images (H, W, C).
+
+    Where ranks of `torch.distributed` call it each with its own batches, over all of them.
+    """
     health = Health(tokenizer.vocabulary["size"], tokenizer.depth)
     for images in batches:
         tokens = tokenizer.encode(images)
         for image, back, codes in zip(images, tokenizer.decode(tokens), tokens, strict=True):
             health.add(image, back, codes)
+    health.sum_over_ranks()
     return health.figures()
 
 
