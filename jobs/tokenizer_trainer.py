@@ -82,6 +82,7 @@ class Trainer:
         self.counts = torch.zeros(self.depth, config.tokenizer.codebook_size, device=self.device)
         self.checkpoints = stage.folder / CHECKPOINTS
         self._writer: CheckpointWriter | None = None
+        self._saved: int | None = None
         self._asked = self._stopping = False
 
     def __enter__(self) -> "Trainer":
@@ -255,7 +256,13 @@ class Trainer:
         self.model.quantizer.start(whole, generator)
 
     def save(self, step: int) -> None:
-        """Model, moments and statistics, complete or absent; rank 0 writes."""
+        """Model, moments and statistics, complete or absent; rank 0 writes.
+
+        A step is saved once: a stop may be asked for at a step that was saved a moment before.
+        """
+        if step == self._saved:
+            return
+        self._saved = step
         counts = self.counts.clone()
         if self.stage.world_size > 1:
             dist.all_reduce(counts)

@@ -20,6 +20,7 @@ from chainrule.pipeline.artifact import Artifact
 from chainrule.pipeline.config import RequestError
 from chainrule.pipeline.data.reader import Shards
 from chainrule.pipeline.stage import Stage, StageFailed, StageInterrupted
+from chainrule.pipeline.training.checkpoints import CheckpointWriter
 from chainrule.tokenizers import interface
 
 TINY = {
@@ -192,6 +193,31 @@ def test_a_signal_saves_and_asks_to_be_run_again(
     )
     run(tmp_path, digits)
     assert resumed == [8]
+    assert contents(tmp_path) == contents(quiet)
+
+
+def test_a_stop_at_a_step_that_was_just_saved_does_not_save_it_again(
+    quiet: Path, digits: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, saved = Trainer.step, []
+    write = CheckpointWriter.save
+
+    def signalled(self: Trainer, step: int, images: np.ndarray) -> dict[str, float]:
+        if step == 10:  # a multiple of checkpoint_every
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return whole(self, step, images)
+
+    def counted(self: CheckpointWriter, step: int, *arguments: Any, **more: Any) -> None:
+        saved.append(step)
+        write(self, step, *arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", signalled)
+        patch.setattr(CheckpointWriter, "save", counted)
+        with pytest.raises(StageInterrupted, match="saved at step 10"):
+            run(tmp_path, digits)
+    assert saved == [5, 10]
+    run(tmp_path, digits)
     assert contents(tmp_path) == contents(quiet)
 
 
