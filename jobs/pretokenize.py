@@ -107,7 +107,7 @@ def open_inputs(config: Config, stage: Stage) -> tuple[Shards, Tokenizer]:
             f"{health['codebook_size']} codes used (perplexity {health['codebook_perplexity']:.1f})"
             f", minimum_usage is {config.minimum_usage:g}\n"
             "train it with a smaller codebook_size, longer, or with quantizer ema or fsq; "
-            "or set accept_collapsed: true"
+            "or run with --accept-collapsed (accept_collapsed: true)"
         )
     return shards, tokenizer
 

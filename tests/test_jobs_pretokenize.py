@@ -14,7 +14,9 @@ import torch
 from pydantic import ValidationError
 
 from chainrule.jobs import ingest, pretokenize
+from chainrule.pipeline import cli
 from chainrule.pipeline.artifact import Artifact
+from chainrule.pipeline.config import RequestError
 from chainrule.pipeline.data.reader import Sample, ShardError, Shards
 from chainrule.pipeline.data.tokens import TokenSet
 from chainrule.pipeline.stage import Stage, StageFailed
@@ -203,12 +205,42 @@ COLLAPSED = {
 
 def test_a_collapsed_codebook_is_refused_unless_accepted(digits: Artifact, tmp_path: Path) -> None:
     tokenizer = saved(small_vqvae(health=COLLAPSED), tmp_path / "tokenizer")
-    message = r"collapsed codebook: 2\.0% of 300 codes used \(perplexity 3\.1\).*0\.25\ntrain it"
+    message = (
+        r"collapsed codebook: 2\.0% of 300 codes used \(perplexity 3\.1\).*0\.25\n"
+        "train it.*--accept-collapsed"
+    )
     with pytest.raises(StageFailed, match=message):
         run(tmp_path / "out", digits, tokenizer)
     assert list((tmp_path / "out").glob("shard*")) == []
     run(tmp_path / "low", digits, tokenizer, minimum_usage=0.01)
     run(tmp_path / "meant", digits, tokenizer, accept_collapsed=True)
+
+
+def test_the_command_accepts_a_collapsed_codebook_on_the_record(tmp_path: Path) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text(
+        """
+        name: p
+        stages:
+          data: {job: ingest, source: {kind: sklearn-digits}}
+          tokenizer:
+            {job: train_tokenizer, inputs: {data: data}, tokenizer: {kind: palette, colours: 2}}
+          tokens:
+            job: pretokenize
+            inputs: {data: data, tokenizer: tokenizer}
+            minimum_usage: 1.0
+        """
+    )
+    plain = cli._load(path, None, None, accept_collapsed=False)
+    accepting = cli._load(path, ["tokens.batch_size=8"], None, accept_collapsed=True)
+    assert not plain.stages["tokens"].merged()["accept_collapsed"]
+    assert accepting.stages["tokens"].merged()["accept_collapsed"]  # what config.yaml records
+    assert accepting.stages["tokens"].config.batch_size == 8  # type: ignore[attr-defined]
+    assert "tokens.accept_collapsed=true" in accepting.overrides  # what a stage's ranks are told
+    assert accepting.stages["tokenizer"].merged() == plain.stages["tokenizer"].merged()
+    path.write_text("name: p\nstages: {data: {job: ingest, source: {kind: sklearn-digits}}}\n")
+    with pytest.raises(RequestError, match=r"--accept-collapsed: .* has no pretokenize stage"):
+        cli._load(path, None, None, accept_collapsed=True)
 
 
 def test_one_collapsed_level_of_a_residual_codebook_is_refused(
