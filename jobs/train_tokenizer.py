@@ -80,6 +80,15 @@ class Config(Settings):
     learning_rate: float = Field(3e-4, gt=0)
     betas: tuple[float, float] = Field((0.9, 0.999), description="of Adam")
     schedule: ScheduleSettings = ScheduleSettings(name="wsd", decay=0.3, floor=0.01)
+    clip: float | None = Field(
+        None, gt=0, description="norm that gradients are clipped to, the discriminator's as well"
+    )
+    accumulate: int = Field(
+        1, ge=1, description="micro-batches an update; a codebook's statistics move with each"
+    )
+    consecutive_faults: int = Field(
+        5, ge=1, description="steps in a row without a finite loss and gradient that stop the stage"
+    )
     precision: Literal["fp32", "bf16"] = "fp32"
     pixel_loss: Literal["l2", "l1"] = Field(
         "l2", description="of the variance (l2) or the standard deviation (l1) of the pixels"
@@ -136,6 +145,9 @@ _OF_LEARNED = {
     "learning_rate",
     "betas",
     "schedule",
+    "clip",
+    "accumulate",
+    "consecutive_faults",
     "precision",
     "pixel_loss",
     "perceptual",
@@ -223,6 +235,8 @@ def train(config: Config, stage: Stage, shards: Shards) -> tuple[Tokenizer, dict
                     trainer.save(step)
                 trainer.stop_if_asked(step)
         trainer.take_average()
+        if trainer.skipped:
+            stage.summary["skipped_steps"] = trainer.skipped
         tokenizer = trainer.tokenizer()
         return tokenizer, measured(tokenizer, shards, None, *ranks)
 
