@@ -101,12 +101,13 @@ def open_inputs(config: Config, stage: Stage) -> tuple[Shards, Tokenizer]:
     health = tokenizer.card().get("health", {})
     usage = health.get("usage_of_reachable")
     if usage is not None and usage < config.minimum_usage and not config.accept_collapsed:
+        level = f"level {health['worst_level']}: " if "worst_level" in health else ""
         raise StageFailed(
-            f"{folder}: collapsed codebook: {health['codebook_usage']:.1%} of "
+            f"{folder}: collapsed codebook: {level}{health['codebook_usage']:.1%} of "
             f"{health['codebook_size']} codes used (perplexity {health['codebook_perplexity']:.1f})"
             f", minimum_usage is {config.minimum_usage:g}\n"
             "train it with a smaller codebook_size, longer, or with quantizer ema or fsq; "
-            "or set accept_collapsed: true"
+            "or run with --accept-collapsed (accept_collapsed: true)"
         )
     return shards, tokenizer
 
@@ -143,8 +144,7 @@ def encode_shards(
 ) -> None:
     """Encode every shard of this part (`part` of `parts`) that is not whole yet."""
     mine = range(part, len(shards.entries), parts)
-    total = sum(entry["samples"] for entry in shards.entries)
-    allowed = math.floor(config.max_skipped * total)
+    allowed = _allowed(config, shards)
     skipped = tokens = encoded = 0
     began = time.monotonic()
     with stage.progress(sum(shards.entries[i]["samples"] for i in mine), "samples") as progress:
@@ -164,8 +164,17 @@ def encode_shards(
         stage.summary["tokens_per_second"] = tokens / seconds
 
 
+def _samples(shards: Shards) -> int:
+    return sum(entry["samples"] for entry in shards.entries)
+
+
+def _allowed(config: Config, shards: Shards) -> int:
+    """Samples that may be unusable, over all parts together."""
+    return math.floor(config.max_skipped * _samples(shards))
+
+
 def _too_many(config: Config, shards: Shards, last: dict[str, Any], skipped: int) -> StageFailed:
-    total = sum(entry["samples"] for entry in shards.entries)
+    total = _samples(shards)
     return StageFailed(
         f"{last['where']}: {last['reason']}\n{skipped} of {total} samples could not be used, "
         f"max_skipped is {config.max_skipped:g}; mend the data, or raise it"
@@ -336,8 +345,19 @@ def _grid(folder: Path, shards: Shards) -> list[int] | None:
     return list(shapes.pop()) if len(shapes) == 1 else None
 
 
+def _require_few_skipped(config: Config, folder: Path, shards: Shards) -> None:
+    """StageFailed where all parts together skipped too many: each saw its own shards alone."""
+    if (folder / "index.json").is_file():  # an earlier attempt was killed after this was settled
+        return
+    entries = (finished(folder, number) for number in range(len(shards.entries)))
+    skipped = [line for entry in entries if entry is not None for line in entry["skipped"]]
+    if len(skipped) > _allowed(config, shards):
+        raise _too_many(config, shards, skipped[-1], len(skipped))
+
+
 def write_index(config: Config, stage: Stage, shards: Shards, tokenizer: Tokenizer) -> None:
     """Gather the shards into index.json; StageFailed where a count is not the input's."""
+    _require_few_skipped(config, stage.folder, shards)
     index = finish(
         stage.folder,
         kind="tokens",

@@ -69,11 +69,7 @@ class _Rehearsal:
 
 
 class _OnPaper(Adversary):
-    """It stays where it was made, and its optimiser asks for no values."""
-
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.optimizer = torch.optim.SGD(self.discriminator.parameters(), lr=1.0)  # type: ignore[assignment]
+    """It stays where it was made."""
 
     def to(self, *_: Any, **__: Any) -> Any:
         return self
@@ -104,7 +100,7 @@ def _rehearse(config: Any, shape: tuple[int, ...], images: int, joined: bool) ->
                 loss = loss + adversary.generator_loss(step, loss, fake, model.last_layer)[0]
             (loss + quantized.loss).backward()
         if adversary is not None:
-            adversary.update(x, fake, 1.0)
+            adversary.learn(x, fake)
     buffers = perceptual.buffers() if perceptual is not None else ()
     return _Rehearsal(
         sum(p.numel() for p in model.parameters()),

@@ -9,6 +9,7 @@ import math
 import shutil
 import signal
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,15 @@ from chainrule.pipeline.stage import Stage, StageFailed, StageInterrupted
 from chainrule.pipeline.training.checkpoints import Checkpoint, CheckpointWriter, newest, snapshot
 from chainrule.pipeline.training.ema import ExponentialAverage
 from chainrule.tokenizers.autoencoder import Autoencoder, AutoencoderTokenizer, to_pixels
+from chainrule.tokenizers.health import of_levels, worst_level
 from chainrule.tokenizers.interface import TokenizerError
-from chainrule.tokenizers.losses import Adversary, Watch, average_gradients, build_perceptual
+from chainrule.tokenizers.losses import (
+    Adversary,
+    Watch,
+    average_gradients,
+    build_perceptual,
+    clip_gradients,
+)
 from chainrule.tokenizers.vqgan import VQGANTokenizer
 from chainrule.tokenizers.vqvae import VQVAETokenizer
 
@@ -39,6 +47,15 @@ MOST_START_BATCHES = 64
 """...from at most so many batches."""
 
 
+@dataclass(frozen=True)
+class _Part:
+    """What a micro-batch leaves: pictures (B, C, H, W), their codes, figures (scalars)."""
+
+    fake: Tensor
+    codes: Tensor
+    figures: dict[str, Tensor]
+
+
 class Trainer:
     def __init__(
         self, config: Any, stage: Stage, batches: ImageBatches, pixel_variance: float
@@ -46,6 +63,13 @@ class Trainer:
         self.config, self.stage, self.batches = config, stage, batches
         self.variance = pixel_variance
         self.device = _device(config.device, stage)
+        parts = stage.world_size * config.accumulate
+        if config.batch_size % parts:
+            raise StageFailed(
+                f"stage '{stage.name}': batch_size {config.batch_size} does not divide by "
+                f"{stage.world_size} ranks x accumulate {config.accumulate}; take a multiple of "
+                f"{parts}"
+            )
         first = batches.batch(0)
         self.channels = first.shape[3]
         self.resolution = (first.shape[1], first.shape[2])
@@ -77,9 +101,12 @@ class Trainer:
                 self.psnr_watch = Watch(config.adversarial)
         except TokenizerError as error:
             raise StageFailed(f"stage '{stage.name}': {error}") from None
-        self.counts = torch.zeros(config.tokenizer.codebook_size, device=self.device)
+        self.depth = self.model.quantizer.depth
+        self.counts = torch.zeros(self.depth, config.tokenizer.codebook_size, device=self.device)
         self.checkpoints = stage.folder / CHECKPOINTS
         self._writer: CheckpointWriter | None = None
+        self._saved: int | None = None
+        self.skipped = self.in_a_row = 0
         self._asked = self._stopping = False
 
     def __enter__(self) -> "Trainer":
@@ -112,14 +139,64 @@ class Trainer:
     # --- steps ------------------------------------------------------------------------
 
     def step(self, step: int, images: np.ndarray) -> dict[str, float]:
-        """One update (`step` counts from 1) on this rank's rows; figures of the global batch."""
+        """One update (`step` counts from 1) on this rank's rows; figures of the global batch.
+
+        A loss or a gradient that is not finite is not learned from: weights, moments and the
+        codebook's statistics stay as they were. StageFailed after too many in a row.
+        """
         factor = self.config.schedule.factor(step - 1, self.config.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * factor
         # dropout draws from torch's own stream: begun anew each step, so that a resumed run agrees
         torch.manual_seed((self.config.seed << 40) + (step << 10) + self.stage.rank)
         self.model.train()
+        codebook = {name: t.clone() for name, t in self.model.quantizer.state_dict().items()}
         x = to_pixels(images).to(self.device, non_blocking=True)
+        self.optimizer.zero_grad()
+        # micro-batches; the discriminator sees their reconstructions once all are made
+        parts = [self._learn(step, part) for part in x.chunk(self.config.accumulate)]
+        average_gradients(self.parameters)
+        norm = clip_gradients(self.parameters, self.config.clip)
+        figures = self._over_ranks(
+            {key: torch.stack([p.figures[key] for p in parts]).mean() for key in parts[0].figures}
+        )
+        self._stopping = figures.pop("stopping") > 0
+        total, error = figures["loss"], figures.pop("error")
+        fault = None
+        if not math.isfinite(total):
+            fault = f"loss {total}"
+        elif not math.isfinite(norm):
+            fault = "gradient not finite"
+        if fault is None:
+            self.optimizer.step()
+            if self.average is not None:
+                self.average.update()
+            for part in parts:
+                self._count(part.codes)
+            if self.adversary is not None and self.adversary.active(step):
+                fake = torch.cat([part.fake for part in parts])
+                with self._autocast():
+                    found, norm = self.adversary.update(
+                        x, fake, factor, self.config.accumulate, self.config.clip
+                    )
+                figures |= self._over_ranks(found)
+                if not math.isfinite(norm):
+                    fault = "gradient of the discriminator not finite"
+        else:
+            self.model.quantizer.load_state_dict(codebook)
+        self._judge(step, fault)
+        return {
+            "loss": total,
+            "reconstruction": figures.pop("reconstruction"),
+            "psnr": 10 * math.log10(4 / max(error, 1e-12)) if math.isfinite(error) else math.nan,
+            "commitment": figures.pop("commitment"),
+            "learning_rate": self.config.learning_rate * factor,
+            **{key: value for key, value in figures.items() if key != "loss"},
+            **({"skipped_steps": self.skipped} if self.skipped else {}),
+        }
+
+    def _learn(self, step: int, x: Tensor) -> "_Part":
+        """Add the gradients of the generator's loss on a micro-batch (B, C, H, W)."""
         with self._autocast():
             reconstruction, quantized = self.model(x)
             fake = reconstruction.float()
@@ -132,61 +209,73 @@ class Trainer:
             if self.perceptual is not None:
                 more["perceptual"] = self.perceptual(fake, x)
                 loss = loss + self.config.perceptual.weight * more["perceptual"]
-            joined = self.adversary is not None and self.adversary.active(step)
-            if self.adversary is not None and joined:
+            if self.adversary is not None and self.adversary.active(step):
                 term, more["adversarial_weight"] = self.adversary.generator_loss(
                     step, loss, fake, self.model.last_layer
                 )
                 loss = loss + term
             loss = loss + quantized.loss
-        self.optimizer.zero_grad()
-        loss.backward()
-        average_gradients(self.parameters)
-        self.optimizer.step()
-        if self.average is not None:
-            self.average.update()
-        if self.adversary is not None and joined:
-            with self._autocast():
-                more |= self.adversary.update(x, fake, factor)
-        with torch.no_grad():
-            self.counts += torch.bincount(quantized.codes.flatten(), minlength=len(self.counts))
-            asked = torch.tensor(float(self._asked), device=self.device)
-            values = [loss, error, pixels, quantized.commitment, asked, *more.values()]
-            figures = torch.stack([value.detach().float() for value in values])
-            if self.stage.world_size > 1:
-                dist.all_reduce(figures)
-                figures /= self.stage.world_size
-        total, mean_error, mean_pixels, commitment, stopping, *rest = figures.tolist()
-        self._stopping = stopping > 0
-        if not math.isfinite(total):
-            raise StageFailed(
-                f"stage '{self.stage.name}': loss {total} at step {step}; lower learning_rate "
-                f"{self.config.learning_rate:g}, or take precision fp32"
-            )
-        return {
-            "loss": total,
-            "reconstruction": mean_pixels,
-            "psnr": 10 * math.log10(4 / max(mean_error, 1e-12)),
-            "commitment": commitment,
-            "learning_rate": self.config.learning_rate * factor,
-            **dict(zip(more, rest, strict=True)),
+        (loss / self.config.accumulate).backward()
+        figures = {
+            "loss": loss,
+            "error": error,
+            "reconstruction": pixels,
+            "commitment": quantized.commitment,
+            "stopping": torch.tensor(float(self._asked), device=self.device),
+            **more,
         }
+        detached = {key: value.detach().float() for key, value in figures.items()}
+        return _Part(fake.detach(), quantized.codes, detached)
+
+    def _over_ranks(self, figures: dict[str, Tensor]) -> dict[str, float]:
+        """Means over the ranks' equal parts of the batch."""
+        values = torch.stack([value.float() for value in figures.values()])
+        if self.stage.world_size > 1:
+            dist.all_reduce(values)
+            values /= self.stage.world_size
+        return dict(zip(figures, values.tolist(), strict=True))
+
+    @torch.no_grad()
+    def _count(self, codes: Tensor) -> None:
+        for counts, of_level in zip(self.counts, codes.reshape(-1, self.depth).T, strict=True):
+            counts += torch.bincount(of_level, minlength=len(counts))
+
+    def _judge(self, step: int, fault: str | None) -> None:
+        """Count a step that was not learned from; all ranks see the same numbers."""
+        if fault is None:
+            self.in_a_row = 0
+            return
+        self.in_a_row += 1
+        self.skipped += 1
+        if self.in_a_row >= self.config.consecutive_faults:
+            raise StageFailed(
+                f"stage '{self.stage.name}': {fault} at step {step}, in {self.in_a_row} steps in a "
+                f"row; lower learning_rate {self.config.learning_rate:g}, set clip, or take "
+                "precision fp32"
+            )
 
     def window(self) -> dict[str, float]:
-        """Codebook usage and perplexity over the steps since the last call."""
+        """Codebook usage and perplexity over the steps since the last call.
+
+        Of several levels those of the worst, and each level's beside them.
+        """
         counts = self.counts.clone()
         if self.stage.world_size > 1:
             dist.all_reduce(counts)
         self.counts.zero_()
-        p = counts / counts.sum().clamp_min(1)
-        entropy = -(p * p.clamp_min(1e-12).log()).sum()
-        return {
-            "codebook_usage": float((counts > 0).float().mean()),
-            "codebook_perplexity": float(entropy.exp()),
-        }
+        levels = []
+        for of_level in counts:
+            p = of_level / of_level.sum().clamp_min(1)
+            entropy = -(p * p.clamp_min(1e-12).log()).sum()
+            usage = float((of_level > 0).float().mean())
+            levels.append({"codebook_usage": usage, "codebook_perplexity": float(entropy.exp())})
+        worst = levels[worst_level(levels)]
+        return worst if len(levels) == 1 else worst | of_levels(levels)
 
     def watch(self, step: int, psnr: float) -> None:
         """StageFailed where the discriminator's start wrecked the picture."""
+        if not math.isfinite(psnr):  # of a step that was skipped
+            return
         fallen = self.psnr_watch.see(step, psnr) if self.psnr_watch is not None else None
         if fallen is not None:
             raise StageFailed(f"stage '{self.stage.name}': {fallen}")
@@ -245,7 +334,13 @@ class Trainer:
         self.model.quantizer.start(whole, generator)
 
     def save(self, step: int) -> None:
-        """Model, moments and statistics, complete or absent; rank 0 writes."""
+        """Model, moments and statistics, complete or absent; rank 0 writes.
+
+        A step is saved once: a stop may be asked for at a step that was saved a moment before.
+        """
+        if step == self._saved:
+            return
+        self._saved = step
         counts = self.counts.clone()
         if self.stage.world_size > 1:
             dist.all_reduce(counts)
@@ -256,7 +351,7 @@ class Trainer:
         tensors = {f"model/{n}": snapshot(t) for n, t in self.model.state_dict().items()}
         tensors |= _moments("optimizer", self.optimizer)
         tensors["window/counts"] = snapshot(counts)
-        state: dict[str, Any] = {"step": step}
+        state: dict[str, Any] = {"step": step, "skipped": self.skipped, "in_a_row": self.in_a_row}
         if self.average is not None:
             state["average_updates"] = self.average.updates
             averages = enumerate(self.average.tensors)
@@ -269,6 +364,8 @@ class Trainer:
         self._writer.save(step, tensors, state, best=None)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
+        self.skipped = checkpoint.state.get("skipped", 0)
+        self.in_a_row = checkpoint.state.get("in_a_row", 0)
         self.model.load_state_dict(dict(checkpoint.tensors("model")))
         _load_moments(self.optimizer, dict(checkpoint.tensors("optimizer")))
         if self.average is not None:
@@ -281,6 +378,7 @@ class Trainer:
             _load_moments(self.adversary.optimizer, moments)
             self.psnr_watch = Watch(self.psnr_watch.settings, checkpoint.state["watch"])
         counts = dict(checkpoint.tensors("window"))["counts"].to(self.device)
+        counts = counts.view_as(self.counts)
         # summed over ranks when saved: one rank takes it up
         self.counts = counts if self.stage.is_main else torch.zeros_like(counts)
 

@@ -10,7 +10,7 @@ run that was never stopped: batch s is a function of (seed, s), and the state ho
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,7 +24,7 @@ from chainrule.pipeline.artifact import Artifact
 from chainrule.pipeline.config import Settings, runtime
 from chainrule.pipeline.data.image_batches import ImageBatches
 from chainrule.pipeline.data.order import Permutation
-from chainrule.pipeline.data.reader import Shards
+from chainrule.pipeline.data.reader import Sample, Shards
 from chainrule.pipeline.heartbeat import beat
 from chainrule.pipeline.stage import Input, Stage, StageFailed
 from chainrule.pipeline.training.schedules import ScheduleSettings
@@ -80,6 +80,15 @@ class Config(Settings):
     learning_rate: float = Field(3e-4, gt=0)
     betas: tuple[float, float] = Field((0.9, 0.999), description="of Adam")
     schedule: ScheduleSettings = ScheduleSettings(name="wsd", decay=0.3, floor=0.01)
+    clip: float | None = Field(
+        None, gt=0, description="norm that gradients are clipped to, the discriminator's as well"
+    )
+    accumulate: int = Field(
+        1, ge=1, description="micro-batches an update; a codebook's statistics move with each"
+    )
+    consecutive_faults: int = Field(
+        5, ge=1, description="steps in a row without a finite loss and gradient that stop the stage"
+    )
     precision: Literal["fp32", "bf16"] = "fp32"
     pixel_loss: Literal["l2", "l1"] = Field(
         "l2", description="of the variance (l2) or the standard deviation (l1) of the pixels"
@@ -93,6 +102,11 @@ class Config(Settings):
     flip: bool = Field(False, description="mirror training images at random")
     checkpoint_every: int = runtime(500, ge=1, description="steps")
     validate_every: int = runtime(1000, ge=1, description="steps")
+    validation_samples: int | None = runtime(
+        None,
+        ge=1,
+        description="of the split while training, from all over it; at the end all are taken",
+    )
     log_every: int = runtime(50, ge=1, description="steps")
     device: str = runtime("auto", description="auto: a GPU where there is one")
     workers: int = runtime(1, ge=1, description="threads that decode images")
@@ -131,6 +145,9 @@ _OF_LEARNED = {
     "learning_rate",
     "betas",
     "schedule",
+    "clip",
+    "accumulate",
+    "consecutive_faults",
     "precision",
     "pixel_loss",
     "perceptual",
@@ -140,6 +157,7 @@ _OF_LEARNED = {
     "flip",
     "checkpoint_every",
     "validate_every",
+    "validation_samples",
     "log_every",
 }
 
@@ -161,8 +179,9 @@ def main(config: Config, stage: Stage) -> None:
         raise StageFailed(
             f"{data.folder}: holds {shards.modality}; tokenizer kind {kind} is for {MODALITY[kind]}"
         )
+    health = None
     if is_learned(config):
-        tokenizer = train(config, stage, shards)
+        tokenizer, health = train(config, stage, shards)
     elif not stage.is_main:
         return
     else:
@@ -171,15 +190,19 @@ def main(config: Config, stage: Stage) -> None:
         except TokenizerError as error:
             raise StageFailed(f"{data.folder}: {error}") from None
     if stage.is_main:
-        finish(config, stage, data, shards, tokenizer)
+        finish(config, stage, data, shards, tokenizer, health)
         Trainer.forget(stage)
 
 
 # --- learned ----------------------------------------------------------------------------
 
 
-def train(config: Config, stage: Stage, shards: Shards) -> Tokenizer:
-    """The loop: one step is one optimiser update (two with a discriminator)."""
+def train(config: Config, stage: Stage, shards: Shards) -> tuple[Tokenizer, dict[str, Any]]:
+    """The loop: one step is one optimiser update (two with a discriminator).
+
+    Returns the tokenizer and its health over the whole validation split. Ranks share what is
+    measured: while one measured alone, the others would wait for it longer than they may.
+    """
     batches = ImageBatches(
         shards,
         config.batch_size,
@@ -190,6 +213,7 @@ def train(config: Config, stage: Stage, shards: Shards) -> Tokenizer:
         rank=stage.rank,
         world_size=stage.world_size,
     )
+    ranks = stage.rank, stage.world_size
     with Trainer(config, stage, batches, pixel_variance(shards)) as trainer:
         start = trainer.resume()
         with stage.progress(config.steps, "steps", start) as progress:
@@ -200,16 +224,35 @@ def train(config: Config, stage: Stage, shards: Shards) -> Tokenizer:
                 progress.update(1, loss=figures["loss"])
                 if step % config.log_every == 0 or step == config.steps:
                     stage.log(step, **figures, **trainer.window())
-                if step % config.validate_every == 0 and step < config.steps and stage.is_main:
+                if step % config.validate_every == 0 and step < config.steps:
                     with trainer.averaged():
-                        health = measure(trainer.tokenizer(), validation(shards))
+                        health = measured(
+                            trainer.tokenizer(), shards, config.validation_samples, *ranks
+                        )
                     stage.log(step, **{f"validation_{k}": v for k, v in health.items()})
                 trainer.watch(step, figures["psnr"])
                 if step % config.checkpoint_every == 0 and step < config.steps:
                     trainer.save(step)
                 trainer.stop_if_asked(step)
         trainer.take_average()
-        return trainer.tokenizer()
+        if trainer.skipped:
+            stage.summary["skipped_steps"] = trainer.skipped
+        tokenizer = trainer.tokenizer()
+        return tokenizer, measured(tokenizer, shards, None, *ranks)
+
+
+def measured(
+    tokenizer: Tokenizer,
+    shards: Shards,
+    most: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> dict[str, Any]:
+    """Health over the validation split (see `validation`); StageFailed where it cannot be."""
+    try:
+        return measure(tokenizer, validation(shards, 64, most, rank, world_size))
+    except TokenizerError as error:
+        raise StageFailed(f"{shards.folder}: validation split: {error}") from None
 
 
 def pixel_variance(shards: Shards, images: int = 1024) -> float:
@@ -230,14 +273,27 @@ def pixel_variance(shards: Shards, images: int = 1024) -> float:
     return float(max(variance, 1e-6))
 
 
-def validation(shards: Shards, batch: int = 64) -> Iterator[list[np.ndarray]]:
-    """All validation images, in batches; those of train where there is no validation."""
+def validation(
+    shards: Shards, batch: int = 64, most: int | None = None, rank: int = 0, world_size: int = 1
+) -> Iterator[list[np.ndarray]]:
+    """Validation images in batches, those of train where there is no validation.
+
+    All of them, or `most` from all over the split. Of several ranks each has every
+    `world_size`-th batch, so that a batch holds what it holds on one rank.
+    """
     split = "validation" if shards.count("validation") else "train"
+    samples: Iterable[Sample | None] = shards.pick(split, most)
+    if world_size > 1:
+        places = enumerate(shards.spread(split, most))
+        mine = (i for n, i in places if n // batch % world_size == rank)
+        samples = (shards.read(split, i) for i in mine)
     images: list[np.ndarray] = []
-    for sample in shards.iterate(split):
+    for sample in samples:
+        if sample is None:  # damaged, and counted by the shards
+            continue
         images.append(sample.image())
         if len(images) == batch:
-            beat()  # a large split takes longer than a step may
+            beat()  # a large split takes longer than a step may, on every rank
             yield images
             images = []
     if images:
@@ -309,15 +365,20 @@ def sample_pixels(shards: Shards, seed: int, limit: int) -> np.ndarray:
 
 
 def finish(
-    config: Config, stage: Stage, data: Artifact, shards: Shards, tokenizer: Tokenizer
+    config: Config,
+    stage: Stage,
+    data: Artifact,
+    shards: Shards,
+    tokenizer: Tokenizer,
+    health: dict[str, Any] | None,
 ) -> None:
-    """Measure on the whole validation split, draw the sheet, write the folder, card last."""
+    """Measure on the whole validation split, draw the sheet, write the folder, card last.
+
+    `health`: what a learned tokenizer's ranks measured together.
+    """
     facts: dict[str, Any] = {"data": data.fingerprint}
     if tokenizer.modality == "image":
-        try:
-            facts["health"] = measure(tokenizer, validation(shards))
-        except TokenizerError as error:
-            raise StageFailed(f"{data.folder}: validation split: {error}") from None
+        facts["health"] = health if health is not None else measured(tokenizer, shards)
         draw_reconstructions(tokenizer, shards, stage.folder / "reconstructions.png")
         stage.picture(stage.folder / "reconstructions.png")
     elif tokenizer.modality == "text":

@@ -33,6 +33,14 @@ class Level:
     value: float
 
 
+@dataclass(frozen=True)
+class Mark:
+    """A vertical reference line, named in the legend: something that happened at `x`."""
+
+    label: str
+    x: float
+
+
 def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Round numbers spread over [low, high] (1, 2 or 5 times a power of ten apart)."""
     if not high > low:
@@ -86,8 +94,12 @@ def line_chart(
     x_label: str,
     y_label: str,
     levels: Sequence[Level] = (),
+    marks: Sequence[Mark] = (),
 ) -> str:
-    """A figure with axes, units, legend and one line a series; "" if there is no point."""
+    """A figure with axes, units, legend and one line a series; "" if there is no point.
+
+    Marks that lie outside the series' x are left out.
+    """
     drawn = [
         (s, thin([(x, y) for x, y in s.points if math.isfinite(x) and math.isfinite(y)]))
         for s in series
@@ -136,6 +148,10 @@ def line_chart(
                     f"{level.label}: {number(level.value)}",
                 )
             )
+    marks = [mark for mark in marks if x_low <= mark.x <= x_high]
+    for mark in marks:
+        tip = f"{mark.label}: {x_label} {number(mark.x)}"
+        parts.append(_line("level", px(mark.x), TOP, px(mark.x), base, tip))
     for s, points in drawn:
         path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in points)
         parts.append(f'<polyline class="line {escape(s.style)}" points="{path}"/>')
@@ -155,6 +171,11 @@ def line_chart(
         f'<span class="key"><i class="swatch level"></i>{escape(level.label)} '
         f"<b>{number(level.value)}</b></span>"
         for level in levels
+    ]
+    keys += [
+        f'<span class="key"><i class="swatch level"></i>{escape(mark.label)} '
+        f"<b>{escape(x_label)} {number(mark.x)}</b></span>"
+        for mark in marks
     ]
     return (
         f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'

@@ -52,6 +52,14 @@ SetOption = Annotated[
     typer.Option("--set", metavar="A.B=V", help="Override a setting: STAGE.KEY.SUBKEY=VALUE."),
 ]
 
+AcceptOption = Annotated[
+    bool,
+    typer.Option(
+        "--accept-collapsed",
+        help="Encode with a collapsed codebook: accept_collapsed of each pretokenize stage.",
+    ),
+]
+
 
 def model_folders(given: Any) -> Any:
     """What an argument or option names as a model, or as several, or not at all, as folders."""
@@ -84,14 +92,13 @@ def run(
     ] = None,
     overrides: SetOption = None,
     runs: RunsOption = None,
+    accept_collapsed: AcceptOption = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would run and print the merged config.")
     ] = False,
 ) -> None:
     """Run what is not fresh, and say why."""
-    from chainrule.pipeline.pipeline_file import load_pipeline
-
-    pipeline = load_pipeline(config, overrides, runs)
+    pipeline = _load(config, overrides, runs, accept_collapsed)
     selection = launch.Selection(
         tuple(only or ()), tuple(start or ()), tuple(until or ()), tuple(force or ())
     )
@@ -102,6 +109,22 @@ def run(
         _print_yaml(pipeline)
         return
     raise typer.Exit(launch.run_pipeline(pipeline, selection, _write_report))
+
+
+def _load(
+    config: Path, overrides: list[str] | None, runs: Path | None, accept_collapsed: bool
+) -> Any:
+    """The pipeline; with `accept_collapsed` as if that were set for each pretokenize stage."""
+    from chainrule.pipeline.pipeline_file import load_pipeline
+
+    pipeline = load_pipeline(config, overrides, runs)
+    if not accept_collapsed:
+        return pipeline
+    encoding = [name for name, spec in pipeline.stages.items() if spec.job == "pretokenize"]
+    if not encoding:
+        raise RequestError(f"--accept-collapsed: {config} has no pretokenize stage; leave it out")
+    accepted = [f"{name}.accept_collapsed=true" for name in encoding]
+    return load_pipeline(config, [*(overrides or []), *accepted], runs)
 
 
 def _write_report(pipeline: Any) -> None:
@@ -179,6 +202,7 @@ def submit(
     ] = None,
     overrides: SetOption = None,
     runs: RunsOption = None,
+    accept_collapsed: AcceptOption = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the exact sbatch lines and queue nothing.")
     ] = False,
@@ -186,10 +210,9 @@ def submit(
     """Queue on Slurm what is not fresh, in order, and return."""
     from chainrule.pipeline import slurm
     from chainrule.pipeline.catalogue import stage_jobs
-    from chainrule.pipeline.pipeline_file import load_pipeline
     from chainrule.pipeline.submit import shell, submit as queue
 
-    pipeline = load_pipeline(config, overrides, runs)
+    pipeline = _load(config, overrides, runs, accept_collapsed)
     cluster = slurm.load_profile(profile, stage_jobs())
     selection = launch.Selection(
         tuple(only or ()), tuple(start or ()), tuple(until or ()), tuple(force or ())

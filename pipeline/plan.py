@@ -215,11 +215,13 @@ def _tokenizer(
             "(source.size, or crop here, would settle it)"
         }
     ranks = ranks_of(spec)
-    if config.batch_size % ranks:
+    parts = ranks * config.accumulate
+    if config.batch_size % parts:
         raise RequestError(
-            f"stage '{spec.name}': batch_size {config.batch_size} does not divide by {ranks} ranks"
+            f"stage '{spec.name}': batch_size {config.batch_size} does not divide by {ranks} ranks "
+            f"x accumulate {config.accumulate}; take a multiple of {parts}"
         )
-    rows = config.batch_size // ranks
+    rows = config.batch_size // parts
     try:
         paper = spec.module.on_paper(config, *image)
     except (ValueError, RequestError) as error:
@@ -266,11 +268,11 @@ def _tokenizer(
 
 
 def _fewer_rows(rows: int, left: float, each: float) -> str:
-    """What a tokenizer's training that does not fit can change: it has no other way to spread."""
+    """What a tokenizer's training that does not fit can change: it is not sharded."""
     fit = int(left // each)
     if fit < 1:
         return "fewer channels, or a smaller crop: not even one image fits"
-    return f"batch_size / {-(-rows // fit)}, or as many times the ranks ({fit} images a rank fit)"
+    return f"accumulate or the ranks times {-(-rows // fit)} ({fit} images a rank fit at once)"
 
 
 def _kept_for_good(config: Any) -> int:

@@ -7,7 +7,7 @@ import re
 from html import escape
 from typing import Any
 
-from chainrule.pipeline.charts import Level, Series, bar_chart, line_chart, number
+from chainrule.pipeline.charts import Level, Mark, Series, bar_chart, line_chart, number
 from chainrule.pipeline.report_html import (
     flat,
     is_number,
@@ -226,15 +226,16 @@ def tokenizers(stages: list[StageView]) -> str:
         shown = "".join(picture(path, _caption(path.stem)) for path in pictures(stage))
         records = stage.steps()
         chart = _tokenizer_curve(stage, records)
+        across_start = _psnr_across_start(stage, records)
         kind = f" <small>{escape(str(card.get('kind', '')))}</small>"
         body = f"<table><tbody>{rows}</tbody></table>" if rows else ""
-        if body or shown or chart:
+        if body or shown or chart or across_start:
             cards.append(
                 f'<div class="card"><h3>{escape(stage.name)}{kind}</h3>{shown}{body}</div>'
             )
-        if chart:
-            others = small_charts(records, but=("loss",))
-            cards.append(f'<div class="card">{chart}{others}</div>')
+        if chart or across_start:
+            others = small_charts(records, but=("loss", "psnr") if across_start else ("loss",))
+            cards.append(f'<div class="card">{chart}{across_start}{others}</div>')
     return f'<div class="grid">{"".join(cards)}</div>' if cards else ""
 
 
@@ -252,6 +253,20 @@ def _tokenizer_curve(stage: StageView, records: list[dict[str, Any]]) -> str:
         for i, key in enumerate(chosen)
     ]
     return line_chart(f"{stage.name}: training", series, "step", "loss")
+
+
+def _psnr_across_start(stage: StageView, records: list[dict[str, Any]]) -> str:
+    """PSNR of a tokenizer with a discriminator, whose start is what wrecks pictures; else ""."""
+    adversarial = stage.config.get("adversarial")
+    if not adversarial:
+        return ""
+    series = [
+        Series("training", points(records, "psnr"), "s1"),
+        Series("validation", points(records, "validation_psnr"), "s2", dots=True),
+    ]
+    marks = [Mark("discriminator's start", float(adversarial["start"]))]
+    title = f"{stage.name}: PSNR across the discriminator's start"
+    return line_chart(title, series, "step", "PSNR, dB", marks=marks)
 
 
 # --- data ---------------------------------------------------------------------------------

@@ -89,6 +89,14 @@ def test_usage_counts_codes_of_its_range():
     assert usage.perplexity == pytest.approx(2.0)
 
 
+def test_usage_is_that_of_the_worst_level():
+    usage = Usage(10, 14, depth=2)
+    usage.add(np.array([[10, 12, 11, 12], [12, 12, 13, 12]]))
+    assert usage.levels == [(1.0, pytest.approx(4.0)), (0.25, pytest.approx(1.0))]
+    assert usage.used == 0.25
+    assert usage.perplexity == pytest.approx(1.0)
+
+
 def test_codecs_alone_and_joined():
     documents = [b"the same sentence over and over. " * 30] * 8 + [b"", b"x"]
     baseline = codecs.Baseline()

@@ -14,12 +14,16 @@ import torch
 from pydantic import ValidationError
 
 from chainrule.jobs import ingest, pretokenize
+from chainrule.pipeline import cli
 from chainrule.pipeline.artifact import Artifact
+from chainrule.pipeline.config import RequestError
 from chainrule.pipeline.data.reader import Sample, ShardError, Shards
 from chainrule.pipeline.data.tokens import TokenSet
 from chainrule.pipeline.stage import Stage, StageFailed
 from chainrule.tokenizers import interface
+from chainrule.tokenizers.autoencoder import to_pixels
 from chainrule.tokenizers.bytes import ByteTokenizer
+from chainrule.tokenizers.health import measure
 from chainrule.tokenizers.interface import Tokenizer
 from chainrule.tokenizers.mulaw import MuLawSettings, MuLawTokenizer
 from chainrule.tokenizers.pixels import PixelSettings, PixelTokenizer
@@ -201,12 +205,67 @@ COLLAPSED = {
 
 def test_a_collapsed_codebook_is_refused_unless_accepted(digits: Artifact, tmp_path: Path) -> None:
     tokenizer = saved(small_vqvae(health=COLLAPSED), tmp_path / "tokenizer")
-    message = r"collapsed codebook: 2\.0% of 300 codes used \(perplexity 3\.1\).*0\.25\ntrain it"
+    message = (
+        r"collapsed codebook: 2\.0% of 300 codes used \(perplexity 3\.1\).*0\.25\n"
+        "train it.*--accept-collapsed"
+    )
     with pytest.raises(StageFailed, match=message):
         run(tmp_path / "out", digits, tokenizer)
     assert list((tmp_path / "out").glob("shard*")) == []
     run(tmp_path / "low", digits, tokenizer, minimum_usage=0.01)
     run(tmp_path / "meant", digits, tokenizer, accept_collapsed=True)
+
+
+def test_the_command_accepts_a_collapsed_codebook_on_the_record(tmp_path: Path) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text(
+        """
+        name: p
+        stages:
+          data: {job: ingest, source: {kind: sklearn-digits}}
+          tokenizer:
+            {job: train_tokenizer, inputs: {data: data}, tokenizer: {kind: palette, colours: 2}}
+          tokens:
+            job: pretokenize
+            inputs: {data: data, tokenizer: tokenizer}
+            minimum_usage: 1.0
+        """
+    )
+    plain = cli._load(path, None, None, accept_collapsed=False)
+    accepting = cli._load(path, ["tokens.batch_size=8"], None, accept_collapsed=True)
+    assert not plain.stages["tokens"].merged()["accept_collapsed"]
+    assert accepting.stages["tokens"].merged()["accept_collapsed"]  # what config.yaml records
+    assert accepting.stages["tokens"].config.batch_size == 8  # type: ignore[attr-defined]
+    assert "tokens.accept_collapsed=true" in accepting.overrides  # what a stage's ranks are told
+    assert accepting.stages["tokenizer"].merged() == plain.stages["tokenizer"].merged()
+    path.write_text("name: p\nstages: {data: {job: ingest, source: {kind: sklearn-digits}}}\n")
+    with pytest.raises(RequestError, match=r"--accept-collapsed: .* has no pretokenize stage"):
+        cli._load(path, None, None, accept_collapsed=True)
+
+
+def test_one_collapsed_level_of_a_residual_codebook_is_refused(
+    digits: Artifact, tmp_path: Path
+) -> None:
+    settings = VQVAESettings.model_validate(
+        {
+            "downsampling": 2,
+            "codebook_size": 16,
+            "hidden": 8,
+            "dim": 4,
+            "quantizer": {"kind": "residual", "depth": 2},
+        }
+    )
+    torch.manual_seed(0)
+    model = VQVAETokenizer(settings, 1, (8, 8))
+    images = [sample.image() for sample in Shards.open(digits.folder).iterate("validation")]
+    z = model.model.encoder(to_pixels(np.stack(images)))
+    model.model.quantizer.start(z, torch.Generator().manual_seed(0))
+    second = model.model.quantizer.levels[1]  # type: ignore[index, union-attr]
+    second.codebook[1:] = 1e3  # type: ignore[index, operator, union-attr]
+    model.facts["health"] = measure(model, [images])
+    tokenizer = saved(model, tmp_path / "tokenizer")
+    with pytest.raises(StageFailed, match=r"collapsed codebook: level 2: 6\.2% of 16 codes"):
+        run(tmp_path / "out", digits, tokenizer)
 
 
 def test_an_altered_tokenizer_is_refused(digits: Artifact, tmp_path: Path) -> None:
@@ -261,13 +320,13 @@ def test_ten_crops_are_baked_in_and_recorded(digits: Artifact, tmp_path: Path) -
 # --- what cannot be used ----------------------------------------------------------------
 
 
-def odd_pictures(folder: Path, odd: int) -> Artifact:
+def odd_pictures(folder: Path, odd: int, apart: int = 1) -> Artifact:
     from PIL import Image
 
     (folder / "pictures").mkdir(parents=True)
     generator = np.random.default_rng(0)
     for i in range(40):
-        shape = (9, 8) if i < odd else (8, 8)
+        shape = (9, 8) if i in range(0, odd * apart, apart) else (8, 8)
         pixels = generator.integers(0, 256, shape).astype(np.uint8)
         Image.fromarray(pixels).save(folder / "pictures" / f"{i:02d}.png")
     source = {"kind": "image-folder", "path": str(folder / "pictures"), "channels": 1}
@@ -290,6 +349,25 @@ def test_too_many_unusable_samples_stop_the_stage(vqvae: Artifact, tmp_path: Pat
     with pytest.raises(StageFailed, match=r"not divisible.*\n\d of 40 .* max_skipped is 0\.05"):
         run(tmp_path / "out", data, vqvae, max_skipped=0.05)
     assert not (tmp_path / "out" / "index.json").exists()
+
+
+def test_workers_that_each_skip_few_enough_are_counted_together(
+    vqvae: Artifact, tmp_path: Path
+) -> None:
+    data = odd_pictures(tmp_path, 3, apart=12)
+    out = tmp_path / "out"
+    shards = Shards.open(data.folder)
+    odd = [
+        sum(sample.image().shape[0] == 9 for sample in shards.iterate_shard(number))
+        for number in range(len(shards.entries))
+    ]
+    assert {sum(odd[0::2]), sum(odd[1::2])} == {1, 2}  # each within the 2 of 40 allowed
+    run(out, data, vqvae, 1, 2, max_skipped=0.05)
+    with pytest.raises(StageFailed, match=r"not divisible.*\n3 of 40 .* max_skipped is 0\.05"):
+        run(out, data, vqvae, 0, 2, max_skipped=0.05)
+    assert not (out / "index.json").exists()
+    run(out, data, vqvae, 0, 2, max_skipped=0.075)
+    assert json.loads((out / "index.json").read_text())["skipped"] == 3
 
 
 def test_a_raw_shard_that_was_altered_is_named(

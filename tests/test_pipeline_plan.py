@@ -282,7 +282,9 @@ def test_a_tokenizer_that_does_not_fit_is_told_how_many_images_would(pipeline_fi
     ]
     codes = plan_of("codes", pipeline_file, overrides)
     assert not codes["memory"]["fits"]
-    assert re.search(r"batch_size / \d+, or as many times the ranks", codes["remedy"])
+    assert re.search(
+        r"accumulate or the ranks times \d+ \(\d+ images a rank fit at once", codes["remedy"]
+    )
     assert "DOES NOT FIT" in text([codes])
 
 

@@ -188,6 +188,31 @@ def test_a_tokenizer_shows_its_health_and_reconstructions(page: str) -> None:
     assert 'src="data:image/png;base64,' in section
 
 
+def test_psnr_across_the_discriminators_start_is_a_main_curve(tmp_path: Path) -> None:
+    runs = Runs(tmp_path / "gan")
+    for name, adversarial in (("gan", {"start": 200}), ("plain", None)):
+        stage = runs.begin(name, "train_tokenizer", {}, adversarial=adversarial)
+        for step in range(10, 410, 10):
+            stage.log(step, loss=1 / step, psnr=20 + step / 100, commitment=1 / (step + 1))
+        stage.log(300, validation_psnr=22.5)
+        artifact.write_json(stage.folder / "card.json", {"kind": "vqgan", "health": {}})
+        runs.publish(stage, {})
+    page = write_report(runs.root, tmp_path / "page.html").read_text()
+    main = re.sub(r"<details>.*?</details>", "", page, flags=re.S)
+    charts = re.findall(r'<figure class="chart">.*?</figure>', main, flags=re.S)
+    [curve] = [chart for chart in charts if "PSNR" in chart]
+    assert "gan: PSNR across the discriminator&#x27;s start" in curve
+    [(left, right)] = re.findall(r'<line class="level" x1="([\d.]+)" .*?x2="([\d.]+)"', curve)
+    assert left == right  # upright
+    first, last = 58, 640 - 18
+    assert float(left) == pytest.approx(first + (200 - 10) / 390 * (last - first), abs=0.1)
+    assert "discriminator&#x27;s start <b>step 200</b>" in curve
+    assert "validation <b>22.5</b>" in curve
+    folded = "".join(re.findall(r"<details>.*?</details>", page, flags=re.S))
+    assert folded.count("<figcaption>psnr, dB") == 1  # of the one without a discriminator
+    assert folded.count("<figcaption>commitment") == 2
+
+
 def test_samples_stand_in_rows_of_the_class_asked_for(page: str) -> None:
     for label, name in enumerate(("zero", "one")):
         row = re.search(

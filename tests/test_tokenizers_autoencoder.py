@@ -145,6 +145,33 @@ def test_health_counts_codes_and_errors() -> None:
     assert figures["usage_of_reachable"] == pytest.approx(0.25 / reachable(8, 8))
 
 
+def test_a_collapsed_level_does_not_hide_behind_a_live_one() -> None:
+    health = Health(16, depth=2)
+    image = np.full((2, 2, 1), 100, np.uint8)
+    for first in range(16):  # level 1 uses every code, level 2 code 3 alone
+        health.add(image, image, np.array([[first, 3], [first, 3]]))
+    figures = health.figures()
+    assert figures["tokens"] == 64
+    assert figures["worst_level"] == 2
+    assert figures["codebook_usage"] == figures["codebook_usage_level_2"] == 1 / 16
+    assert figures["codebook_perplexity"] == pytest.approx(1.0)
+    assert figures["dead_codes"] == 15
+    assert figures["usage_of_reachable"] == pytest.approx(1 / 16 / reachable(16, 32))
+    assert figures["codebook_usage_level_1"] == 1.0
+    assert figures["codebook_perplexity_level_1"] == pytest.approx(16.0)
+    assert figures["usage_of_reachable_level_1"] == 1.0
+
+
+def test_measure_knows_the_levels_of_a_residual_tokenizer() -> None:
+    tokenizer = tokenizer_of(downsampling=4, quantizer={"kind": "residual", "depth": 3})
+    batch = images(4, 16, 16)
+    figures = measure(tokenizer, [batch])
+    tokens = np.stack(tokenizer.encode(batch)).reshape(-1, 3)
+    for level in range(3):
+        used = len(np.unique(tokens[:, level])) / 64
+        assert figures[f"codebook_usage_level_{level + 1}"] == used
+
+
 def test_reachable_is_the_share_that_uniform_draws_hit() -> None:
     draws = np.random.default_rng(0).integers(0, 100, (2000, 50))
     seen = np.mean([len(np.unique(row)) / 100 for row in draws])

@@ -132,7 +132,7 @@ def test_a_discriminator_learns_to_tell(settings: dict) -> None:
     it = adversary(**settings)
     real = pictures(0, n=8)
     fake = real + 0.3 * torch.randn(real.shape, generator=torch.Generator().manual_seed(1))
-    figures = [it.update(real, fake, 1.0) for _ in range(60)]
+    figures = [it.update(real, fake, 1.0)[0] for _ in range(60)]
     assert figures[-1]["discriminator_loss"] < 0.6 * figures[0]["discriminator_loss"]
     assert figures[-1]["logits_real"] > figures[-1]["logits_fake"]
 

@@ -224,9 +224,10 @@ rank, world, store, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.a
 if world > 1:
     dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=world)
 results = {}
-for kind in ("straight-through", "ema", "l2", "residual", "lfq"):
+for kind in ("straight-through", "ema", "l2", "residual", "gumbel", "fsq", "lfq"):
+    revived = kind in ("straight-through", "ema", "l2", "residual")
     settings = TypeAdapter(QuantizerSettings).validate_python(
-        {"kind": kind} if kind == "lfq" else {"kind": kind, "revive_after": 2}
+        {"kind": kind, "revive_after": 2} if revived else {"kind": kind}
     )
     torch.manual_seed(0)
     quantizer = build_quantizer(settings, 64, 12)

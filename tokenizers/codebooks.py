@@ -322,11 +322,7 @@ class GumbelQuantizer(Quantizer):
         index = logits.argmax(1)
         if self.training:
             self.steps += 1
-            rank = dist.get_rank() if distributed() else 0
-            generator = torch.Generator(z.device).manual_seed(int(self.steps) + (rank << 32))
-            uniform = torch.rand(logits.shape, generator=generator, device=z.device)
-            noise = -(-uniform.clamp_min(1e-20).log()).clamp_min(1e-20).log()
-            soft = ((log_q + noise) / self.temperature()).softmax(1)
+            soft = ((log_q + self.noise(z)) / self.temperature()).softmax(1)
             hard = F.one_hot(soft.argmax(1), self.codebook_size).to(soft.dtype)
             quantised = straight_through(soft, hard) @ self.codebook
         else:
@@ -334,6 +330,19 @@ class GumbelQuantizer(Quantizer):
         commitment = F.mse_loss(quantised.detach(), rows(z).detach())
         out = grid(quantised, z)
         return Quantized(out, _codes(index, z), self.settings.divergence * kl, commitment)
+
+    def noise(self, z_BDHW: Tensor) -> Tensor:
+        """(N, K) of the Gumbel law, a function of the step and the image's place in the batch of
+        all ranks (equal parts in rank order), so that it is the same on however many."""
+        images, _, h, w = z_BDHW.shape
+        first = dist.get_rank() * images if distributed() else 0
+        step, generator = int(self.steps), torch.Generator(z_BDHW.device)
+        drawn = []
+        for image in range(first, first + images):
+            generator.manual_seed((step << 24) + image)
+            shape = (h * w, self.codebook_size)
+            drawn.append(torch.rand(shape, generator=generator, device=z_BDHW.device))
+        return -(-torch.cat(drawn).clamp_min(1e-20).log()).clamp_min(1e-20).log()
 
     def lookup(self, codes: Tensor) -> Tensor:
         return self.codebook[codes].permute(0, 3, 1, 2)

@@ -63,6 +63,11 @@ class Tokenizer(ABC):
         """Size, ranges and specials, in the plain form of `pipeline.data.vocabulary`."""
 
     @property
+    def depth(self) -> int:
+        """Codes a position, side by side along a token array's last axis (residual quantizers)."""
+        return 1
+
+    @property
     @abstractmethod
     def fingerprint(self) -> str:
         """sha256 over everything that decides encode and decode."""

@@ -3,6 +3,7 @@
 Images are (B, C, H, W) in [-1, 1]. Statistics are averaged over ranks, as in `quantizers.py`.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -247,10 +248,37 @@ class Adversary(nn.Module):
             norms.append(mean_over_ranks(gradient).norm())
         return (norms[0] / (norms[1] + 1e-4)).clamp(0, self.settings.maximum).detach()
 
-    def update(self, real: Tensor, fake: Tensor, factor: float) -> dict[str, Tensor]:
-        """One step of the discriminator on hinge loss; `factor` scales its learning rate."""
+    def update(
+        self,
+        real: Tensor,
+        fake: Tensor,
+        factor: float,
+        accumulate: int = 1,
+        clip: float | None = None,
+    ) -> tuple[dict[str, Tensor], float]:
+        """One step of the discriminator on hinge loss; `factor` scales its learning rate.
+
+        In `accumulate` micro-batches; `clip` is the norm that gradients are clipped to.
+        Returns figures and the gradient's norm: where that is not finite no step is made.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = self.base_rate * factor
+        means = self.real_mean.clone(), self.fake_mean.clone()
+        self.optimizer.zero_grad()
+        pairs = zip(real.chunk(accumulate), fake.chunk(accumulate), strict=True)
+        parts = [self.learn(*pair, accumulate) for pair in pairs]
+        parameters = list(self.discriminator.parameters())
+        average_gradients(parameters)
+        norm = clip_gradients(parameters, clip)
+        if math.isfinite(norm):
+            self.optimizer.step()
+        else:
+            self.real_mean.copy_(means[0])
+            self.fake_mean.copy_(means[1])
+        return {key: torch.stack([p[key] for p in parts]).mean() for key in parts[0]}, norm
+
+    def learn(self, real: Tensor, fake: Tensor, accumulate: int = 1) -> dict[str, Tensor]:
+        """Add the gradients of the hinge loss on one of `accumulate` micro-batches; figures."""
         real = real.detach().requires_grad_(self.settings.r1 > 0)
         on_real, on_fake = self.discriminator(real), self.discriminator(fake.detach())
         hinge = 0.5 * (F.relu(1 - on_real).mean() + F.relu(1 + on_fake).mean())
@@ -260,10 +288,7 @@ class Adversary(nn.Module):
             loss = loss + self.settings.r1 / 2 * gradient.square().sum((1, 2, 3)).mean()
         if self.settings.lecam > 0:
             loss = loss + self.settings.lecam * self._lecam(on_real, on_fake)
-        self.optimizer.zero_grad()
-        loss.backward()
-        average_gradients(list(self.discriminator.parameters()))
-        self.optimizer.step()
+        (loss / accumulate).backward()
         return {
             "discriminator_loss": hinge.detach(),
             "logits_real": on_real.detach().mean(),
@@ -290,6 +315,11 @@ def average_gradients(parameters: list[nn.Parameter]) -> None:
     parts = flat.split([g.numel() for g in gradients])
     for gradient, part in zip(gradients, parts, strict=True):
         gradient.copy_(part.view_as(gradient))
+
+
+def clip_gradients(parameters: list[nn.Parameter], most: float | None) -> float:
+    """Their norm before it is clipped to `most` (None: left as it is)."""
+    return float(nn.utils.clip_grad_norm_(parameters, most or math.inf))
 
 
 class Watch:

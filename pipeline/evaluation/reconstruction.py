@@ -105,27 +105,46 @@ class Reconstruction:
 
 @dataclass
 class Usage:
-    """Which codes of a vocabulary range [start, stop) data use, and how evenly."""
+    """Which codes of a vocabulary range [start, stop) data use, and how evenly.
+
+    Of tokens with `depth` codes a position (side by side along the last axis), each level has
+    a codebook of its own: one that collapsed must not hide behind another that lives.
+    """
 
     start: int
     stop: int
+    depth: int = 1
     counts: npt.NDArray[np.int64] = field(init=False)
+    """(depth, stop - start)"""
 
     def __post_init__(self) -> None:
-        self.counts = np.zeros(self.stop - self.start, dtype=np.int64)
+        self.counts = np.zeros((self.depth, self.stop - self.start), dtype=np.int64)
 
     def add(self, tokens: npt.NDArray[np.integer]) -> None:
-        codes = np.asarray(tokens).ravel().astype(np.int64)
-        codes = codes[(codes >= self.start) & (codes < self.stop)] - self.start
-        self.counts += np.bincount(codes, minlength=len(self.counts))
+        for level, codes in enumerate(np.asarray(tokens).reshape(-1, self.depth).T):
+            codes = codes.astype(np.int64)
+            codes = codes[(codes >= self.start) & (codes < self.stop)] - self.start
+            self.counts[level] += np.bincount(codes, minlength=self.counts.shape[1])
+
+    @property
+    def levels(self) -> list[tuple[float, float]]:
+        """`used` and `perplexity` of each level."""
+        found = []
+        for counts in self.counts:
+            p = counts[counts > 0] / max(counts.sum(), 1)
+            perplexity = float(np.exp(-(p * np.log(p)).sum()))
+            found.append((float((counts > 0).mean()), perplexity))
+        return found
 
     @property
     def used(self) -> float:
-        """Part of the codes that occur at all, 0..1."""
-        return float((self.counts > 0).mean())
+        """Part of the codes that occur at all, 0..1; of several levels, that of the worst."""
+        return min(self.levels)[0]
 
     @property
     def perplexity(self) -> float:
-        """exp of the entropy of the codes' frequencies: how many are used in effect."""
-        p = self.counts[self.counts > 0] / max(self.counts.sum(), 1)
-        return float(np.exp(-(p * np.log(p)).sum()))
+        """exp of the entropy of the codes' frequencies: how many are used in effect.
+
+        Of several levels that of the worst: the one with fewest codes used.
+        """
+        return min(self.levels)[1]

@@ -1,6 +1,6 @@
 """What a tokenizer gives back: encode then decode over batches of raw samples, as figures.
 
-A tokenizer is anything with `encode`, `decode` and `vocabulary` of
+A tokenizer is anything with `encode`, `decode`, `vocabulary` and `depth` of
 `chainrule.tokenizers.interface.Tokenizer`; jobs hand one in.
 """
 
@@ -35,7 +35,7 @@ def measure_images(
     Fréchet distance (rFID) is of.
     """
     start, stop = tokenizer.vocabulary["ranges"]["image"]
-    pairs, usage = Reconstruction(), Usage(start, stop)
+    pairs, usage = Reconstruction(), Usage(start, stop, tokenizer.depth)
     shown: list[np.ndarray] = []
     tokens = pixels = 0
     far = 0.0
@@ -70,8 +70,14 @@ def measure_images(
         )
     figures.put("mse", pairs.mse, split, "mean squared error a value, scale 0..255")
     figures.put("exact", pairs.exact / pairs.pairs, split, "share of images given back exactly")
-    figures.put("codebook_usage", usage.used, split, f"share of the {stop - start} codes used")
-    figures.put("codebook_perplexity", usage.perplexity, split, "exp(entropy of the codes)")
+    which = f" at the worst of {usage.depth} levels" if usage.depth > 1 else ""
+    share, entropy = f"share of the {stop - start} codes used", "exp(entropy of the codes)"
+    figures.put("codebook_usage", usage.used, split, share + which)
+    figures.put("codebook_perplexity", usage.perplexity, split, entropy + which)
+    if usage.depth > 1:
+        for level, (used, perplexity) in enumerate(usage.levels, start=1):
+            figures.put(f"codebook_usage_level_{level}", used, split, share)
+            figures.put(f"codebook_perplexity_level_{level}", perplexity, split, entropy)
     figures.put(
         "code_bits_per_pixel",
         tokens * math.log2(max(stop - start, 2)) / pixels,
