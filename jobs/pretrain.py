@@ -231,11 +231,16 @@ def train(config: Config, stage: Stage, engine: Engine, stop: StopSignals) -> No
                     }
                     if update.loss_scale is not None:
                         record["loss_scale"] = update.loss_scale
-                    if update.fault is None:
+                    fault = update.fault
+                    if update.applied:
                         monitor.accept(update.loss)
                     else:
-                        record["fault"] = update.fault
-                        monitor.skip(run.step, update.fault, engine.gather(batch.ids))
+                        ids = engine.gather(batch.ids)
+                        if fault is None and update.loss_scale is not None:
+                            fault = monitor.overflow(run.step, update.loss_scale, ids)
+                    if fault is not None:
+                        record["fault"] = fault
+                        monitor.skip(run.step, fault, ids)
                         if monitor.must_roll_back:
                             writer.wait()
                             engine.barrier()
@@ -247,7 +252,7 @@ def train(config: Config, stage: Stage, engine: Engine, stop: StopSignals) -> No
 
                     last = run.step == config.steps
                     validating = config.validate_every and run.step % config.validate_every == 0
-                    if last or validating or update.fault or run.step % config.log_every == 0:
+                    if last or validating or fault or run.step % config.log_every == 0:
                         record |= meter.report(loader.stalled)
                         record["memory_gb"] = memory_gb(engine.device)
                         if last or validating:
@@ -277,6 +282,8 @@ def train(config: Config, stage: Stage, engine: Engine, stop: StopSignals) -> No
             stage.summary["damaged_samples"] = int(damaged)
         stage.summary["skipped_steps"] = monitor.skipped
         stage.summary["rollbacks"] = monitor.rollbacks
+        if config.precision == "fp16":
+            stage.summary["overflows"] = monitor.overflows
     engine.barrier()
 
 

@@ -315,6 +315,46 @@ def test_faults_in_a_row_lead_back_and_past_the_data(tmp_path, text, monkeypatch
     assert verify.main(stage.folder, lines.append), lines
 
 
+class Overflowing(Objective):
+    """The loss is finite, the gradient is not, for the batches at the positions listed."""
+
+    positions: tuple[int, ...] = ()
+
+    def __call__(self, wrapped: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        total, nats = super().__call__(wrapped, batch)
+        if batch.position in self.positions and torch.is_grad_enabled():
+            return total * float("inf"), nats
+        return total, nats
+
+
+def test_overflows_of_fp16_are_counted_and_many_in_a_row_lead_back(tmp_path, text, monkeypatch):
+    accelerate = Engine._accelerate
+
+    def with_scaler(self: Engine, gpu: bool) -> Any:
+        found = accelerate(self, gpu)
+        found.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+        return found
+
+    monkeypatch.setattr(Engine, "_accelerate", with_scaler)
+    monkeypatch.setattr(pretrain, "Objective", Overflowing)
+    # One at step 3; steps 12 to 15 in a row, the last two of which are faults.
+    monkeypatch.setattr(Overflowing, "positions", tuple(12 * i for i in (2, 11, 12, 13, 14)))
+    stage = run(tmp_path / "decoder", [text], steps=20, faults={"overflows": 3, "consecutive": 2})
+    assert stage.summary["skipped_steps"] == 2
+    assert stage.summary["rollbacks"] == 1
+    lines = (stage.folder / "faults.jsonl").read_text().splitlines()
+    faults = [json.loads(line) for line in lines]
+    scales = [(line["step"], line["overflow_at_scale"]) for line in faults[:3]]
+    assert scales == [(3, 2.0**16), (12, 2.0**15), (13, 2.0**14)]
+    assert all(len(line["ids"]) == 12 for line in faults[:5])
+    assert faults[3]["skipped"].startswith("gradient is not finite for 3 steps in a row")
+    assert faults[5] == {"step": 15, "rolled_back": 1}
+    found = newest(stage.folder / "checkpoints")
+    assert found is not None
+    assert found.state["faults"]["overflows"] == 3
+    assert all(torch.isfinite(t).all() for _, t in found.tensors("model"))
+
+
 def test_too_many_rollbacks_end_the_stage(tmp_path, text, monkeypatch):
     monkeypatch.setattr(pretrain, "Objective", Poisoned)
     monkeypatch.setattr(Poisoned, "positions", tuple(range(7 * 12, 10_000, 12)))
