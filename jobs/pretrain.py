@@ -92,10 +92,15 @@ class Config(Settings):
         return assembly.known_model(value)
 
     @model_validator(mode="after")
-    def _divides(self) -> "Config":
+    def _can_work(self) -> "Config":
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"batch_size {self.batch_size} does not divide by accumulate {self.accumulate}"
+            )
+        if self.optimizer.name == "muon" and self.engine.strategy in ("zero1", "zero2", "zero3"):
+            raise ValueError(
+                f"optimizer.name muon needs whole matrices, engine.strategy {self.engine.strategy} "
+                "cuts them into flat shards; take engine.strategy ddp, or optimizer.name adamw"
             )
         return self
 

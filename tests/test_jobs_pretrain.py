@@ -394,6 +394,13 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tmp_path, tex
         ({"model": {"layers": 2}}, "give a 'preset' or a 'family'"),
         ({"accumulate": 5}, "batch_size 12 does not divide by accumulate 5"),
         ({"steps": 0}, "greater than or equal to 1"),
+        *(
+            (
+                {"optimizer": {"name": "muon"}, "engine": {"strategy": strategy}},
+                f"muon needs whole matrices, engine.strategy {strategy} .* take engine.strategy ddp",
+            )
+            for strategy in ("zero1", "zero2", "zero3")
+        ),
     ],
 )
 def test_settings_that_cannot_work_are_refused(changes, words):
