@@ -265,13 +265,26 @@ def test_a_damaged_sample_stops_or_is_masked_out(tmp_path: Path) -> None:
     assert not batch.mask[row].any()
 
 
-def test_ids_past_the_vocabulary_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("recorded", [True, False])
+def test_ids_past_the_vocabulary_are_refused(tmp_path: Path, recorded: bool) -> None:
+    """Before a sample is read, or when it is, in sets written before shards had the record."""
     folder = write_set(tmp_path / "images", 20, "image")
     index = json.loads((folder / "index.json").read_text())
+    largest = max(int(image_tokens(i).max()) for i in range(20))
+    assert index["shards"][0]["largest_id"] == largest
     index["vocabulary"] = {"size": 50, "ranges": {"image": [0, 50]}, "specials": {}}
+    if not recorded:
+        del index["shards"][0]["largest_id"]
     (folder / "index.json").write_text(json.dumps(index))
-    with pytest.raises(ShardError, match=r"holds token \d+, the vocabulary has 50"):
-        mixture_of([TokenSet.open(folder)]).batch(0, 20)
+    if recorded:
+        words = rf"shard-000000.tar: holds token {largest}, the vocabulary has 50"
+        with pytest.raises(ShardError, match=words):
+            TokenSet.open(folder)
+        return
+    tokens = TokenSet.open(folder)
+    with pytest.raises(ShardError, match=r"sample \d+ holds token \d+, the vocabulary has 50"):
+        for i in range(20):
+            tokens[i]
 
 
 def test_long_documents_are_read_by_the_piece(

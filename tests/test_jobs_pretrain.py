@@ -14,6 +14,7 @@ import torch
 from chainrule.jobs import pretrain, verify
 from chainrule.pipeline.artifact import ArtifactError, LineageError, read_json, sha256_file
 from chainrule.pipeline.config import RequestError
+from chainrule.pipeline.data.reader import ShardError
 from chainrule.pipeline.stage import REQUEUE, Stage, StageFailed, StageInterrupted
 from chainrule.pipeline.training.checkpoints import Checkpoint, newest, steps_in
 from chainrule.pipeline.training.engine import Engine
@@ -433,6 +434,22 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, text):
     run(tmp_path / "decoder", [text], steps=5)
     with pytest.raises(LineageError, match="models do not match"):
         run(tmp_path / "decoder", [text], steps=5, model={**TINY, "width": 32})
+
+
+@pytest.mark.parametrize("shard", [0, 1])
+def test_ids_beyond_the_vocabulary_are_refused_before_the_first_step(tmp_path, text, shard):
+    """Of either split: the shards' entries tell, so that no sample need be read."""
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in text.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    index = read_json(other / "index.json")
+    assert [entry["largest_id"] for entry in index["shards"]] == [33, 33]
+    index["shards"][shard]["largest_id"] = 34
+    (other / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ShardError, match=f"shard-00000{shard}.tar: holds token 34, .* has 34"):
+        run(tmp_path / "decoder", [other])
+    assert not (tmp_path / "decoder" / "metrics.jsonl").exists()
 
 
 def test_tokens_without_a_validation_split_are_refused(tmp_path, text):
