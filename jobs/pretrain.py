@@ -8,6 +8,7 @@ the losses of the run that was not killed. Nothing random outlives a step: each 
 is a function of (seed, step, rank).
 """
 
+import logging
 from typing import Any
 
 import torch
@@ -41,12 +42,15 @@ from chainrule.pipeline.training.run_state import (
 from chainrule.pipeline.training.schedules import BatchRamp, ScheduleSettings
 from chainrule.pipeline.training.throughput import (
     Meter,
+    checkpoints_too_dear,
     flops_per_element,
     measured_peak,
     memory_gb,
+    progress_line,
 )
 from chainrule.pipeline.training.validation import Validation, context_free_loss, validation_sets
 
+log = logging.getLogger("chainrule.pretrain")
 INPUTS = {"tokens": Input(("pretokenize",), many=True)}
 
 
@@ -203,6 +207,7 @@ def train(config: Config, stage: Stage, engine: Engine, stop: StopSignals) -> No
         stage.rewind_log(run.step - 1)
         stage.log(run.step, **validate(run.pending))
         writer.amend(run.step, run.state(), run.best_step)
+    warned = False
     with stage.progress(config.steps, "steps", run.step) as bar:
         while run.step < config.steps:
             with Loader(
@@ -263,9 +268,11 @@ def train(config: Config, stage: Stage, engine: Engine, stop: StopSignals) -> No
                         if last or validating:
                             record = validate(record)
                         stage.log(run.step, **record)
-                        speed = round(record["tokens_per_second"])
-                        peak = f"{record['peak_share']:.0%}"
-                        bar.update(0, **{"loss": update.loss, "tokens/s": speed, "peak": peak})
+                        bar.update(0, **progress_line(record, meter.checkpoint_share))
+                        said = None if warned else checkpoints_too_dear(record)
+                        if said is not None and stage.is_main:
+                            log.warning(said)
+                        warned = warned or said is not None
                     bar.update(1)
                     if last:
                         writer.amend(run.step, run.state(), run.best_step)

@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,9 @@ def test_it_learns_and_says_what_it_came_to(uninterrupted):
     for name in ("learning_rate", "tokens_per_second", "peak_share", "data_stall", "memory_gb"):
         assert all(line[name] >= 0 for line in lines)
     assert sum("checkpoint_s" in line for line in lines) == 7
+    shares = [line["checkpoint_share"] for line in lines if "checkpoint_s" in line]
+    assert len(shares) == 7
+    assert all(0 < share < 1 for share in shares)
     assert lines[0]["learning_rate"] == pytest.approx(2e-3)
     assert steps_in(uninterrupted / "checkpoints")[-1] == 40
     no_sample_lost(uninterrupted)
@@ -371,6 +375,20 @@ def test_faults_before_the_first_checkpoint_end_the_stage(tmp_path, text, monkey
     monkeypatch.setattr(Poisoned, "positions", (0, 12))
     with pytest.raises(StageFailed, match="no checkpoint yet"):
         run(tmp_path / "decoder", [text], faults={"consecutive": 2})
+
+
+def test_checkpoints_that_take_long_are_said_to_once(tmp_path, text, caplog, monkeypatch):
+    export = Engine.export
+
+    def slow(self: Engine) -> Any:
+        time.sleep(0.6)
+        return export(self)
+
+    monkeypatch.setattr(Engine, "export", slow)
+    run(tmp_path / "decoder", [text], steps=12, checkpoint_every=2, validate_every=None, ema=None)
+    said = [line for line in caplog.messages if line.startswith("a checkpoint held up training")]
+    assert len(said) == 1
+    assert "raise checkpoint_every" in said[0]
 
 
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tmp_path, text, caplog):
