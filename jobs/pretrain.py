@@ -211,7 +211,14 @@ def train(config: Config, stage: Stage, engine: Engine, stop: StopSignals) -> No
     with stage.progress(config.steps, "steps", run.step) as bar:
         while run.step < config.steps:
             with Loader(
-                drawn, sizes, stage.rank, engine.world_size, run.step, run.position, config.workers
+                drawn,
+                sizes,
+                stage.rank,
+                engine.world_size,
+                run.step,
+                run.position,
+                config.workers,
+                pin=engine.device.type == "cuda",
             ) as loader:
                 for batch in loader:
                     elements, stopping, failed = engine.sum(
