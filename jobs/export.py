@@ -1,9 +1,13 @@
 """export: a model folder in another library's form.
 
 model folder → config, generation config, weights → the tokenizer it carries
+
+Written beside and renamed: the folder is there whole, or not at all.
 """
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,24 +15,45 @@ from chainrule.pipeline.config import RequestError
 from chainrule.pipeline.models import folder as model_folder
 from chainrule.pipeline.models.transformers_format import to_transformers
 from chainrule.tokenizers import transformers_format as tokenizer_format
-from chainrule.tokenizers.interface import TokenizerError, load as load_tokenizer
+from chainrule.tokenizers.interface import Tokenizer, TokenizerError, load as load_tokenizer
 
 
-def export(model: Path, out: Path) -> None:
+def export(model: Path, out: Path) -> str | None:
     """Write the decoder in `model` as a `transformers` folder, with its tokenizer if it is text.
 
+    `out` is empty or not there yet. What is to be said: why it goes without its tokenizer.
     RequestError where `transformers` has no such model.
     """
     card = model_folder.read_card(model)
     loaded = model_folder.load(model, dtype=torch.float32)
     specials = (card.get("vocabulary") or {}).get("specials", {})
+    tokenizer, said = _tokenizer(model, card)
+    out = out.resolve()
+    beside = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(beside, ignore_errors=True)  # of an attempt that was killed
     try:
-        to_transformers(loaded, out, specials.get("eos"))
+        to_transformers(loaded, beside, specials.get("eos"))
+        if tokenizer is not None:
+            tokenizer_format.to_transformers(tokenizer, beside)
+        beside.rename(out)
     except ValueError as error:
         raise RequestError(f"{model}: {error}") from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return said
+
+
+def _tokenizer(model: Path, card: dict[str, Any]) -> tuple[Tokenizer | None, str | None]:
+    """What is to be written of the tokenizer; None, and why, where it has no such form."""
     entry = card.get("tokenizer")
-    if entry is not None and entry["path"] and card.get("modality") == "text":
-        try:
-            tokenizer_format.to_transformers(load_tokenizer(model / entry["path"]), out)
-        except TokenizerError as error:
-            raise RequestError(f"{model / entry['path']}: {error}") from None
+    if entry is None or not entry["path"] or card.get("modality") != "text":
+        return None, None
+    try:
+        tokenizer = load_tokenizer(model / entry["path"])
+    except TokenizerError as error:
+        raise RequestError(f"{model / entry['path']}: {error}") from None
+    try:
+        tokenizer_format.check_expressible(tokenizer)
+    except TokenizerError as error:
+        return None, f"{model / entry['path']}: left out, encode with chainrule: {error}"
+    return tokenizer, None

@@ -8,6 +8,7 @@ the losses of the run that was not killed. Nothing random outlives a step: each 
 is a function of (seed, step, rank).
 """
 
+import logging
 from typing import Any
 
 import torch
@@ -41,12 +42,15 @@ from chainrule.pipeline.training.run_state import (
 from chainrule.pipeline.training.schedules import BatchRamp, ScheduleSettings
 from chainrule.pipeline.training.throughput import (
     Meter,
+    checkpoints_too_dear,
     flops_per_element,
     measured_peak,
     memory_gb,
+    progress_line,
 )
 from chainrule.pipeline.training.validation import Validation, context_free_loss, validation_sets
 
+log = logging.getLogger("chainrule.pretrain")
 INPUTS = {"tokens": Input(("pretokenize",), many=True)}
 
 
@@ -94,10 +98,15 @@ class Config(Settings):
         return assembly.known_model(value)
 
     @model_validator(mode="after")
-    def _divides(self) -> "Config":
+    def _can_work(self) -> "Config":
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"batch_size {self.batch_size} does not divide by accumulate {self.accumulate}"
+            )
+        if self.optimizer.name == "muon" and self.engine.strategy in ("zero1", "zero2", "zero3"):
+            raise ValueError(
+                f"optimizer.name muon needs whole matrices, engine.strategy {self.engine.strategy} "
+                "cuts them into flat shards; take engine.strategy ddp, or optimizer.name adamw"
             )
         return self
 
@@ -200,10 +209,18 @@ def train(config: Config, stage: Stage, engine: Engine, stop: StopSignals) -> No
         stage.rewind_log(run.step - 1)
         stage.log(run.step, **validate(run.pending))
         writer.amend(run.step, run.state(), run.best_step)
+    warned = False
     with stage.progress(config.steps, "steps", run.step) as bar:
         while run.step < config.steps:
             with Loader(
-                drawn, sizes, stage.rank, engine.world_size, run.step, run.position, config.workers
+                drawn,
+                sizes,
+                stage.rank,
+                engine.world_size,
+                run.step,
+                run.position,
+                config.workers,
+                pin=engine.device.type == "cuda",
             ) as loader:
                 for batch in loader:
                     elements, stopping, failed = engine.sum(
@@ -233,11 +250,16 @@ def train(config: Config, stage: Stage, engine: Engine, stop: StopSignals) -> No
                     }
                     if update.loss_scale is not None:
                         record["loss_scale"] = update.loss_scale
-                    if update.fault is None:
+                    fault = update.fault
+                    if update.applied:
                         monitor.accept(update.loss)
                     else:
-                        record["fault"] = update.fault
-                        monitor.skip(run.step, update.fault, engine.gather(batch.ids))
+                        ids = engine.gather(batch.ids)
+                        if fault is None and update.loss_scale is not None:
+                            fault = monitor.overflow(run.step, update.loss_scale, ids)
+                    if fault is not None:
+                        record["fault"] = fault
+                        monitor.skip(run.step, fault, ids)
                         if monitor.must_roll_back:
                             writer.wait()
                             engine.barrier()
@@ -249,15 +271,17 @@ def train(config: Config, stage: Stage, engine: Engine, stop: StopSignals) -> No
 
                     last = run.step == config.steps
                     validating = config.validate_every and run.step % config.validate_every == 0
-                    if last or validating or update.fault or run.step % config.log_every == 0:
+                    if last or validating or fault or run.step % config.log_every == 0:
                         record |= meter.report(loader.stalled)
                         record["memory_gb"] = memory_gb(engine.device)
                         if last or validating:
                             record = validate(record)
                         stage.log(run.step, **record)
-                        speed = round(record["tokens_per_second"])
-                        peak = f"{record['peak_share']:.0%}"
-                        bar.update(0, **{"loss": update.loss, "tokens/s": speed, "peak": peak})
+                        bar.update(0, **progress_line(record, meter.checkpoint_share))
+                        said = None if warned else checkpoints_too_dear(record)
+                        if said is not None and stage.is_main:
+                            log.warning(said)
+                        warned = warned or said is not None
                     bar.update(1)
                     if last:
                         writer.amend(run.step, run.state(), run.best_step)
@@ -279,6 +303,8 @@ def train(config: Config, stage: Stage, engine: Engine, stop: StopSignals) -> No
             stage.summary["damaged_samples"] = int(damaged)
         stage.summary["skipped_steps"] = monitor.skipped
         stage.summary["rollbacks"] = monitor.rollbacks
+        if config.precision == "fp16":
+            stage.summary["overflows"] = monitor.overflows
     engine.barrier()
 
 

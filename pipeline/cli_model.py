@@ -227,7 +227,9 @@ def export(
     """Write a decoder as a `transformers` folder (GPT-2, LLaMA, Mistral, Falcon, ImageGPT)."""
     if to != "transformers":
         raise RequestError(f"--to {to}: known: transformers")
-    job_module_by_verb("export").export(model, new_folder(out))
+    said = job_module_by_verb("export").export(model, new_folder(out))
+    if said is not None:
+        typer.echo(said, err=True)
     typer.echo(out)
 
 

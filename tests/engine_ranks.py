@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from chainrule.pipeline.training import engine as engine_file
 from chainrule.pipeline.training.checkpoints import Checkpoint, CheckpointWriter, step_folder
 from chainrule.pipeline.training.engine import Engine, EngineSettings
 from chainrule.pipeline.training.optimizers import (
@@ -43,6 +44,14 @@ class Toy(nn.Module):
         return torch.log_softmax(self.head(self.norm(h)).float(), dim=-1)
 
 
+def allow_fp16() -> None:
+    """fp16 on a CPU: too slow to be of use, and enough to see what the loss scale does."""
+    from deepspeed.accelerator import get_accelerator
+
+    type(get_accelerator()).is_fp16_supported = lambda self: True
+    engine_file.check_combination = lambda *_: None  # type: ignore[assignment]
+
+
 def rows(step: int, rank: int, world_size: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(step)
     x = torch.randint(VALUES, (BATCH, LENGTH), generator=generator)
@@ -62,6 +71,7 @@ def train(
     nan_at: int | None = None,
     ema: float | None = None,
     optimizer: str = "adamw",
+    scaler: dict[str, float] | None = None,
 ) -> dict[str, Any]:
     """Losses, gradient norms and faults by step; the loss of the averaged weights at the end."""
     torch.manual_seed(0)
@@ -74,6 +84,8 @@ def train(
             log_p = model(x[:, :-1]).gather(-1, x[:, 1:, None]).squeeze(-1)
             return -log_p.sum() * poison, -log_p.detach().sum()
 
+        for name, value in (scaler or {}).items():  # DeepSpeed's, of fp16
+            setattr(engine._zero.loss_scaler, name, value)
         if ema is not None:
             engine.keep_average(ema)
         first = 0
@@ -85,7 +97,7 @@ def train(
         if save_at is not None:
             writer = CheckpointWriter(Path(str(folder)), engine.rank, engine.world_size)
         engine.barrier()
-        updates = []
+        updates, scales = [], []
         for step in range(first, steps):
             set_learning_rate(engine.optimizer, 1 - step / 50)
             poison.fill_(float("nan") if step == nan_at else 1.0)
@@ -96,13 +108,14 @@ def train(
                 lambda loss, step=step: "veto" if step == veto_at else None,
             )
             updates.append([update.loss, update.gradient_norm, update.applied, update.fault])
+            scales.append(update.loss_scale)
             if writer is not None and step + 1 == save_at:
                 tensors, scalars = engine.export()
                 writer.save(step + 1, tensors, {"step": step + 1, "engine": scalars}, None)
         if writer is not None:
             writer.wait()
         poison.fill_(1.0)
-        found: dict[str, Any] = {"updates": updates, "rank": engine.rank}
+        found: dict[str, Any] = {"updates": updates, "scales": scales, "rank": engine.rank}
         if ema is not None:
             with engine.averaged(), torch.no_grad():
                 nats = objective(engine.wrapped, rows(99, engine.rank, engine.world_size))[1]
@@ -115,6 +128,8 @@ def main() -> None:
     if int(os.environ["WORLD_SIZE"]) > 1:
         dist.init_process_group("gloo")  # one for all engines
     for task in json.loads(sys.argv[1]):
+        if task.get("precision") == "fp16":
+            allow_fp16()
         result = train(**task)
         if result["rank"] == 0:
             print(json.dumps(result), flush=True)

@@ -103,7 +103,7 @@ def rank_main(
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["chainrule.jobs.pretrain", "accelerate", "torch.distributed", __name__]
+    ["chainrule.jobs.pretrain", "accelerate", "deepspeed", "torch.distributed", __name__]
 )
 
 

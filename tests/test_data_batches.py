@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -265,13 +266,26 @@ def test_a_damaged_sample_stops_or_is_masked_out(tmp_path: Path) -> None:
     assert not batch.mask[row].any()
 
 
-def test_ids_past_the_vocabulary_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("recorded", [True, False])
+def test_ids_past_the_vocabulary_are_refused(tmp_path: Path, recorded: bool) -> None:
+    """Before a sample is read, or when it is, in sets written before shards had the record."""
     folder = write_set(tmp_path / "images", 20, "image")
     index = json.loads((folder / "index.json").read_text())
+    largest = max(int(image_tokens(i).max()) for i in range(20))
+    assert index["shards"][0]["largest_id"] == largest
     index["vocabulary"] = {"size": 50, "ranges": {"image": [0, 50]}, "specials": {}}
+    if not recorded:
+        del index["shards"][0]["largest_id"]
     (folder / "index.json").write_text(json.dumps(index))
-    with pytest.raises(ShardError, match=r"holds token \d+, the vocabulary has 50"):
-        mixture_of([TokenSet.open(folder)]).batch(0, 20)
+    if recorded:
+        words = rf"shard-000000.tar: holds token {largest}, the vocabulary has 50"
+        with pytest.raises(ShardError, match=words):
+            TokenSet.open(folder)
+        return
+    tokens = TokenSet.open(folder)
+    with pytest.raises(ShardError, match=r"sample \d+ holds token \d+, the vocabulary has 50"):
+        for i in range(20):
+            tokens[i]
 
 
 def test_long_documents_are_read_by_the_piece(
@@ -465,3 +479,59 @@ def test_prefetching_hides_the_fetch(images: TokenSet) -> None:
             next(loader)
         assert loader.stalled - before < 0.02
     assert not [p for p in multiprocessing.active_children() if p.name.startswith("loader")]
+
+
+class Slow:
+    """A mixture of batches that take `seconds` each to fetch."""
+
+    def __init__(self, mixture: Mixture, seconds: float) -> None:
+        self._batch, self._seconds = mixture.batch(0, 4), seconds
+
+    def batch(self, *_: int) -> Batch:
+        time.sleep(self._seconds)
+        return self._batch
+
+
+def waits(mixture: Mixture, fetch_s: float, step_s: float, workers: int, steps: int) -> list[float]:
+    """Seconds that each `next` waited."""
+    found = []
+    slow: Any = Slow(mixture, fetch_s)
+    with Loader(slow, 4, workers=workers) as loader:
+        before = 0.0
+        for _ in range(steps):
+            next(loader)
+            found.append(loader.stalled - before)
+            before = loader.stalled
+            time.sleep(step_s)
+    return found
+
+
+def test_a_step_waits_for_the_first_batch_alone(images: TokenSet) -> None:
+    """Two workers fetch in 15 ms each what a step of 20 ms takes one of."""
+    first, *rest = waits(mixture_of([images]), 0.015, 0.020, 2, 40)
+    assert first >= 0.010
+    # Sleeps only oversleep where a machine is loaded, and then both sides do.
+    assert sum(wait > 0.002 for wait in rest) <= 2, rest
+    assert sum(rest) < 0.02 * 40 * 0.020
+
+
+def test_a_loader_that_is_too_slow_is_seen_to_be(images: TokenSet) -> None:
+    """One worker of 30 ms for steps of 10 ms: two thirds of the time is waiting."""
+    found = waits(mixture_of([images]), 0.030, 0.010, 1, 12)
+    assert sum(found[5:]) > 7 * 0.015  # what was fetched ahead is used up
+
+
+def test_batches_are_put_into_page_locked_memory(
+    images: TokenSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
+    with Loader(mixture_of([images]), 12, workers=0, pin=True) as loader:
+        batch = next(loader)
+    assert batch.cond is not None
+    assert any(tensor is batch.x for tensor in pinned)
+    assert any(tensor is batch.cond for tensor in pinned)
+    with Loader(mixture_of([images]), 12, workers=0) as loader:
+        pinned.clear()
+        next(loader)
+    assert pinned == []

@@ -10,12 +10,16 @@ import torch
 
 from chainrule.jobs import handoff, pretrain
 from chainrule.jobs.export import export
-from chainrule.pipeline import load
+from chainrule.pipeline import build, load
 from chainrule.pipeline.artifact import Artifact, ArtifactError, LineageError, read_json
 from chainrule.pipeline.config import RequestError
+from chainrule.pipeline.models import folder as model_folder
 from chainrule.pipeline.stage import Stage
 from chainrule.pipeline.training.checkpoints import Checkpoint, average, step_folder
-from chainrule.tokenizers.interface import load as load_tokenizer
+from chainrule.tokenizers import transformers_format as tokenizer_format
+from chainrule.tokenizers.bytes import ByteTokenizer
+from chainrule.tokenizers.characters import CharacterTokenizer
+from chainrule.tokenizers.interface import Tokenizer, load as load_tokenizer
 from chainrule.tokenizers.text import SentencePieceSettings, SentencePieceTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -191,10 +195,67 @@ def test_transformers_loads_what_export_writes(tmp_path, decoder, tokenizer):
     assert torch.allclose(mine, logits[:, : mine.shape[1], : mine.shape[2]], atol=1e-4)
 
 
-def test_a_model_without_a_counterpart_is_refused(tmp_path):
-    from chainrule.pipeline import build
-    from chainrule.pipeline.models import folder as model_folder
+def model_with(tokenizer: Tokenizer, folder: Path) -> Path:
+    """A model folder of an untrained decoder over the tokenizer's vocabulary."""
+    vocabulary = tokenizer.vocabulary
+    config = {"preset": "gpt2-debug", "vocabulary_size": vocabulary["size"]}
+    model = build({**config, "bos": vocabulary["specials"]["bos"]}, seed=0)
+    entry = {"path": "tokenizer", "fingerprint": tokenizer.fingerprint}
+    card = {"modality": "text", "vocabulary": vocabulary, "tokenizer": entry}
+    model_folder.save(model, folder, card)
+    tokenizer.save(folder / "tokenizer")
+    return folder
 
+
+@pytest.mark.parametrize(
+    "tokenizer", [ByteTokenizer(), CharacterTokenizer("abc \n🙂")], ids=["bytes", "characters"]
+)
+def test_other_tokenizers_go_along(tmp_path, tokenizer):
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "theirs").mkdir()  # an empty folder will do
+    assert export(model_with(tokenizer, tmp_path / "model"), tmp_path / "theirs") is None
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs").eval()
+    ids = theirs("cab\n🙂 ba", return_tensors="pt")["input_ids"]
+    ours = tokenizer.encode(["cab\n🙂 ba"])[0].tolist()
+    assert ids[0].tolist() == [tokenizer.vocabulary["specials"]["bos"], *ours]
+    with torch.no_grad():
+        logits = model(ids[:, :-1]).logits
+        mine = load(tmp_path / "model").conditionals(torch.tensor([ours])).logits
+    assert torch.allclose(mine, logits, atol=1e-4)
+
+
+def test_a_tokenizer_without_a_counterpart_stays_behind_and_is_named(tmp_path):
+    settings = SentencePieceSettings(vocabulary_size=300, normalization="nfkc")
+    model = model_with(SentencePieceTokenizer.train(settings, DOCUMENTS), tmp_path / "model")
+    said = export(model, tmp_path / "theirs")
+    assert said is not None
+    assert said.endswith("chainrule: normalization 'nfkc' has no form in transformers")
+    assert "\n" not in said
+    assert {path.name for path in (tmp_path / "theirs").iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    }
+
+
+def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    model = model_with(ByteTokenizer(), tmp_path / "model")
+
+    def full(*_: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(tokenizer_format, "to_transformers", full)
+    with pytest.raises(OSError, match="No space"):
+        export(model, tmp_path / "theirs")
+    monkeypatch.undo()
+    (model / "tokenizer" / "card.json").write_text("{}")
+    with pytest.raises(RequestError, match="tokenizer"):
+        export(model, tmp_path / "theirs")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_model_without_a_counterpart_is_refused(tmp_path):
     model_folder.save(build("made-debug", seed=0), tmp_path / "model", {})
     with pytest.raises(RequestError, match="has no counterpart in transformers"):
         export(tmp_path / "model", tmp_path / "theirs")

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from chainrule.tokenizers.bytes import ByteTokenizer
+from chainrule.tokenizers.characters import CharacterTokenizer
 from chainrule.tokenizers.interface import TokenizerError
+from chainrule.tokenizers.pixels import PixelSettings, PixelTokenizer
 from chainrule.tokenizers.text import SentencePieceSettings, SentencePieceTokenizer
 from chainrule.tokenizers.transformers_format import to_transformers
 
@@ -46,6 +48,48 @@ def test_unigram_gives_the_text_again_in_as_many_pieces(tmp_path, source):
         assert len(ids) == pytest.approx(len(ours.encode([text])[0]), rel=1e-3)
 
 
-def test_other_kinds_are_refused(tmp_path):
-    with pytest.raises(TokenizerError, match="kind 'bytes' has no form in transformers"):
-        to_transformers(ByteTokenizer(), tmp_path)
+EMOJI = "👩‍👩‍👧 🏳️‍🌈 é漢字\r\n\n\t\x00\U0010ffff ▁<0x41> <unk"
+
+
+def test_bytes_give_the_same_ids_and_the_text_again(tmp_path, source):
+    transformers = pytest.importorskip("transformers")
+    ours = ByteTokenizer()
+    to_transformers(ours, tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in [*source[:5], *HARD, EMOJI]:
+        ids = ours.encode([text])[0].tolist()
+        assert theirs(text, add_special_tokens=False)["input_ids"] == ids
+        assert theirs.decode(ids) == text
+    assert theirs("x")["input_ids"] == [256, ord("x")]
+    assert theirs.eos_token_id == 257
+    assert len(theirs) == 258
+
+
+def test_characters_give_the_same_ids_and_the_text_again(tmp_path, source):
+    transformers = pytest.importorskip("transformers")
+    ours = CharacterTokenizer.train([*source[:5], *HARD, EMOJI])
+    to_transformers(ours, tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in [*source[:5], *HARD, EMOJI]:
+        ids = ours.encode([text])[0].tolist()
+        assert theirs(text, add_special_tokens=False)["input_ids"] == ids
+        assert theirs.decode(ids) == text
+    specials = ours.vocabulary["specials"]
+    unknown = theirs("a한국x", add_special_tokens=False)["input_ids"]
+    assert unknown == ours.encode(["a한국x"])[0].tolist()
+    assert unknown[1:3] == [specials["unk"]] * 2
+    assert theirs("a")["input_ids"][0] == specials["bos"]
+    assert (theirs.eos_token_id, theirs.unk_token_id) == (specials["eos"], specials["unk"])
+    assert len(theirs) == ours.vocabulary["size"]
+
+
+def test_what_has_no_such_form_is_refused(tmp_path):
+    settings = SentencePieceSettings(vocabulary_size=270, normalization="nfkc")
+    trained = SentencePieceTokenizer.train(settings, ["to be or not to be"] * 20)
+    with pytest.raises(TokenizerError, match="normalization 'nfkc' has no form in transformers"):
+        to_transformers(trained, tmp_path)
+    with pytest.raises(TokenizerError, match=r"alphabet has no form .* U\+D800"):
+        to_transformers(CharacterTokenizer("a\ud800"), tmp_path)
+    with pytest.raises(TokenizerError, match="kind 'pixels' has no form in transformers"):
+        to_transformers(PixelTokenizer(PixelSettings()), tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -196,6 +196,65 @@ def test_killed_in_the_middle_of_saves(tmp_path):
             Checkpoint.open(path)
 
 
+REPUBLISHER = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from chainrule.pipeline.training.checkpoints import CheckpointWriter
+
+folder, at = Path(sys.argv[1]), int(sys.argv[2])
+writer = CheckpointWriter(folder, asynchronous=False)
+writer.save(5, {"model/weight": torch.zeros(3)}, {"step": 5}, None)
+rename, renames = os.rename, []
+def killed(*paths):
+    if len(renames) == at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    renames.append(paths)
+    rename(*paths)
+os.rename = killed
+if at == 2:
+    import shutil
+    shutil.rmtree = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+writer.save(5, {"model/weight": torch.ones(3)}, {"step": 5}, None)
+"""
+
+
+@pytest.mark.parametrize(
+    ("at", "expected"),
+    [
+        pytest.param(0, 0.0, id="before the old one is moved aside"),
+        pytest.param(1, 0.0, id="between the two renames"),
+        pytest.param(2, 1.0, id="before the old one is removed"),
+    ],
+)
+def test_a_checkpoint_made_again_is_never_lost(tmp_path, at, expected):
+    program = [sys.executable, "-c", REPUBLISHER, str(tmp_path), str(at)]
+    assert subprocess.run(program, check=False).returncode == -signal.SIGKILL
+    assert steps_in(tmp_path) == ([] if at == 1 else [5])
+    CheckpointWriter(tmp_path)
+    found = newest(tmp_path)
+    assert found is not None
+    ((_, weight),) = found.tensors("model")
+    assert weight.tolist() == [expected] * 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000005"]
+
+
+def test_a_checkpoint_that_cannot_be_made_again_leaves_the_old_one(tmp_path, monkeypatch):
+    writer = CheckpointWriter(tmp_path, asynchronous=False)
+    save(writer, 5)
+    rename = os.rename
+
+    def failing(source: Path, target: Path) -> None:
+        if source.name.endswith(".tmp"):
+            raise OSError(errno.EIO, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(StageFailed, match="the checkpoint of step 5 is intact"):
+        writer.save(5, {}, {"step": 5}, None)
+    assert Checkpoint.open(step_folder(tmp_path, 5)).names("model") == ["weight"]
+
+
 def test_the_average_of_several(tmp_path):
     writer = CheckpointWriter(tmp_path)
     save(writer, 1)

@@ -187,6 +187,77 @@ def test_three_processes_in_bf16_go_on_from_one(tmp_path):
         assert losses(result) == pytest.approx(losses(whole)[3:], rel=2e-3)
 
 
+# --- fp16's loss scale ----------------------------------------------------------------------
+
+
+def scale_losses(monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
+    """A loss scale as a GPU has under fp16, over float32 on this CPU."""
+    accelerate = Engine._accelerate
+
+    def with_scaler(self: Engine, gpu: bool) -> Any:
+        found = accelerate(self, gpu)
+        found.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=2)
+        return found
+
+    monkeypatch.setattr(Engine, "_accelerate", with_scaler)
+
+
+def test_a_loss_scale_falls_after_an_overflow_and_not_after_a_fault(monkeypatch, single):
+    """A scale is a power of two: the losses are those of the run without one, bit for bit."""
+    scale_losses(monkeypatch, 2.0**16)
+    found = train("single", 6, ema=0.9, **FAULTS)
+    assert losses(found) == losses(single)
+    assert found["averaged"] == single["averaged"]
+    assert [update[2:] for update in found["updates"]] == [
+        [True, None],
+        [False, "veto"],
+        [True, None],
+        [True, None],
+        [False, None],  # an overflow is no fault as long as the scale can fall
+        [True, None],
+    ]
+    assert found["scales"] == [2.0**16, 2.0**16, 2.0**16, 2.0**17, 2.0**17, 2.0**16]
+
+
+def test_an_overflow_at_the_lowest_loss_scale_is_a_fault(monkeypatch):
+    scale_losses(monkeypatch, 1.0)
+    found = train("single", 3, nan_at=1)
+    assert found["updates"][1][2:] == [False, "gradient is not finite at the lowest loss scale, 1"]
+    assert found["updates"][2][2:] == [True, None]
+    assert found["scales"] == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.slow
+def test_deepspeeds_loss_scale_does_the_same(single):
+    stages = ("zero2", "zero3")
+    common = {"steps": 6, "precision": "fp16", **FAULTS}
+    growing = [{**common, "strategy": s, "scaler": {"scale_window": 2}} for s in stages]
+    lowest = [
+        {**common, "strategy": s, "scaler": {"cur_scale": 1.0}, "veto_at": None} for s in stages
+    ]
+    results = run_ranks(2, [*growing, *lowest])
+    for found in results[:2]:
+        assert [update[2:] for update in found["updates"]] == [
+            [True, None],
+            [False, "veto"],
+            [True, None],
+            [True, None],
+            [False, None],
+            [True, None],
+        ]
+        assert found["scales"] == [2.0**16, 2.0**16, 2.0**16, 2.0**16, 2.0**17, 2.0**16]
+        assert losses(found) == pytest.approx(losses(single), rel=1e-2)
+        for ours, reference in zip(found["updates"], single["updates"], strict=True):
+            if ours[2]:  # also in the step at whose end the scale grows
+                assert ours[1] == pytest.approx(reference[1], rel=2e-2)
+    for found in results[2:]:
+        assert found["updates"][4][2:] == [
+            False,
+            "gradient is not finite at the lowest loss scale, 1",
+        ]
+        assert found["scales"] == [1.0] * 6
+
+
 def test_ranks_that_all_believe_to_be_the_first_are_found_out(monkeypatch):
     monkeypatch.setattr(Engine, "_accelerate", lambda self, gpu: _OneOfOne())
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -57,6 +57,29 @@ def test_faults_in_a_row_lead_back_and_too_many_to_the_end(tmp_path):
     assert lines[3] == {"step": 7, "rolled_back": 1}
 
 
+def test_an_overflow_now_and_then_is_no_fault_and_many_in_a_row_are(tmp_path):
+    path = tmp_path / "faults.jsonl"
+    monitor = FaultMonitor(FaultSettings(overflows=3, consecutive=2), path)
+    for step in range(1, 21):  # a scale that grows overflows again and again
+        assert monitor.overflow(step, 2.0**16, [[step]]) is None
+        assert monitor.overflow(step, 2.0**15, [[step]]) is None
+        monitor.accept(1.0)
+    assert (monitor.overflows, monitor.skipped) == (40, 0)
+    first = json.loads(path.read_text().splitlines()[0])
+    assert first == {"step": 1, "overflow_at_scale": 2.0**16, "ids": [[1]]}
+    for scale in (2.0**16, 2.0**15):
+        assert monitor.overflow(21, scale, []) is None
+    again = FaultMonitor(FaultSettings(overflows=3, consecutive=2), path)
+    again.restore(json.loads(json.dumps(monitor.state())))
+    for step in (23, 24):
+        reason = again.overflow(step, 2.0**14, [])
+        assert reason == f"gradient is not finite for {step - 20} steps in a row, loss scale 16384"
+        again.skip(step, reason, [])
+    assert again.must_roll_back
+    again.roll_back(24, monitor.state())
+    assert again.overflow(25, 2.0**16, []) is None
+
+
 def test_what_was_logged_after_a_checkpoint_is_dropped_on_resume(tmp_path):
     path = tmp_path / "faults.jsonl"
     monitor = FaultMonitor(FaultSettings(), path)

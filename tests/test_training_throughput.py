@@ -4,12 +4,15 @@ import pytest
 import torch
 
 from chainrule.pipeline.models.registry import build
+from chainrule.pipeline.progress import Progress
 from chainrule.pipeline.training import bench
 from chainrule.pipeline.training.throughput import (
     Meter,
+    checkpoints_too_dear,
     flops_per_element,
     measured_peak,
     multiplied_weights,
+    progress_line,
 )
 
 
@@ -72,6 +75,62 @@ def test_rates_leave_out_what_is_not_training(monkeypatch):
     assert found["tokens_per_second"] == pytest.approx(60 / 2)
     assert found["peak_share"] == pytest.approx(0.3)
     assert found["data_stall"] == pytest.approx(0.25)
+
+
+def test_a_checkpoints_share_is_of_the_time_since_the_one_before(monkeypatch):
+    clock = iter([0.0, 9.0, 10.0, 12.0, 29.0, 30.0, 30.5, 31.0, 32.0, 33.0])
+    monkeypatch.setattr(
+        "chainrule.pipeline.training.throughput.time.perf_counter", lambda: next(clock)
+    )
+    meter = Meter(flops_per_element=10.0, peak=1000.0)
+    with meter.leaving_out("checkpoint"):
+        pass
+    found = meter.report(0.0)
+    assert found["checkpoint_s"] == 1.0
+    assert found["checkpoint_share"] == pytest.approx(0.1)  # of 10 seconds
+    assert checkpoints_too_dear(found) == (
+        "a checkpoint held up training for 1.0 s, 10% of the time since the one before "
+        "(more than 5%): raise checkpoint_every, or write to a faster disk"
+    )
+    with meter.leaving_out("checkpoint"):
+        pass
+    found = meter.report(0.0)
+    assert found["checkpoint_share"] == pytest.approx(0.05)  # of 20
+    assert checkpoints_too_dear(found) is None
+    assert "checkpoint_share" not in meter.report(0.0)
+    with meter.leaving_out("checkpoint"):
+        pass
+    assert meter.checkpoint_share == pytest.approx(1 / 3)
+    assert checkpoints_too_dear({"checkpoint_share": 0.5, "checkpoint_s": 0.4}) is None
+
+
+def test_the_line_of_progress_is_short_and_says_all(capsys):
+    record = {
+        "loss": 11.123456,
+        "gradient_norm": 0.5234,
+        "learning_rate": 2.953e-4,
+        "tokens_per_second": 1234567.8,
+        "peak_share": 0.4567,
+        "memory_gb": 71.234,
+        "data_stall": 0.0123,
+    }
+    with Progress("decoder", 600, "steps") as bar:
+        bar.update(60, **progress_line(record, 0.034))
+    line = capsys.readouterr().err
+    shown = "loss 11.12 grad 0.52 lr 3.0e-4 tok/s 1.23M peak 46% GB 71.2 stall 1%+3%"
+    assert line.endswith(f", {shown}\n")
+    assert len(shown) <= 75
+    assert len(line) <= 130
+
+
+@pytest.mark.parametrize(
+    ("speed", "said"), [(7.25, "7.25"), (999.7, "1k"), (12_345.0, "12.3k"), (4.5e9, "4.5G")]
+)
+def test_speeds_have_three_digits(speed, said):
+    record = dict.fromkeys(
+        ("loss", "gradient_norm", "learning_rate", "peak_share", "memory_gb", "data_stall"), 0.0
+    )
+    assert progress_line({**record, "tokens_per_second": speed}, 0.0)["tok/s"] == said
 
 
 def test_the_peak_is_a_number_of_operations():

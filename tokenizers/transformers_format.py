@@ -1,8 +1,16 @@
-"""SentencePiece tokenizers as `tokenizer.json`, the form that Hugging Face `transformers` loads.
+"""Tokenizers of text as `tokenizer.json`, the form that Hugging Face `transformers` loads.
 
-The same ids for the same text, but for two cases: U+2581 itself, which SentencePiece uses
-as its mark for a space, is escaped as bytes by ours and taken for a space by theirs; and a
-unigram model may cut a word into other pieces of the same total score.
+    sentencepiece   BPE with its merges, or unigram; byte fallback
+    bytes           BPE without merges, of which only the byte fallback is used
+    characters      BPE without merges over the alphabet; another character is `<unk>`
+
+The same ids for the same text, but for these cases: U+2581 itself, which SentencePiece uses
+as its mark for a space, is escaped as bytes by ours and taken for a space by theirs; a
+unigram model may cut a word into other pieces of the same total score; and "<bos>", "<eos>"
+or "<unk>" written out in a text are theirs for the special token.
+
+Normalisation by SentencePiece's nfkc has no such form: it differs both from `NFKC` there (new
+characters, stacked marks) and from `Precompiled` (half-width katakana with a voicing mark).
 
 A call puts `<bos>` first, as our decoders start on it; `add_special_tokens=False` does not.
 """
@@ -11,28 +19,48 @@ import json
 from pathlib import Path
 from typing import Any
 
+from chainrule.tokenizers.bytes import ByteTokenizer
+from chainrule.tokenizers.characters import CharacterTokenizer
 from chainrule.tokenizers.interface import Tokenizer, TokenizerError, write_whole
 from chainrule.tokenizers.text import SPACE, SentencePieceTokenizer
+from chainrule.tokenizers.utf8 import to_utf8
 
-BOS, EOS = "<bos>", "<eos>"
+BOS, EOS, UNK = "<bos>", "<eos>", "<unk>"
+
+
+def check_expressible(tokenizer: Tokenizer) -> None:
+    """TokenizerError where there is no form that gives the same ids."""
+    if not isinstance(tokenizer, SentencePieceTokenizer | ByteTokenizer | CharacterTokenizer):
+        raise TokenizerError(f"a tokenizer of kind '{tokenizer.kind}' has no form in transformers")
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        normalization = tokenizer.settings.normalization
+        if normalization != "identity":
+            raise TokenizerError(f"normalization '{normalization}' has no form in transformers")
+    if isinstance(tokenizer, CharacterTokenizer):
+        try:
+            to_utf8(tokenizer.alphabet)
+        except TokenizerError as error:
+            raise TokenizerError(f"its alphabet has no form in transformers ({error})") from None
 
 
 def to_transformers(tokenizer: Tokenizer, folder: Path) -> None:
-    """Write `tokenizer.json` and `tokenizer_config.json`. TokenizerError for other kinds."""
-    if not isinstance(tokenizer, SentencePieceTokenizer):
-        raise TokenizerError(f"a tokenizer of kind '{tokenizer.kind}' has no form in transformers")
-    if tokenizer.settings.normalization != "identity":
-        raise TokenizerError(
-            f"normalization '{tokenizer.settings.normalization}' has no form in transformers"
-        )
-    write_whole(folder / "tokenizer.json", _json(_definition(tokenizer)))
-    config = {
+    """Write `tokenizer.json` and `tokenizer_config.json`. TokenizerError as above."""
+    check_expressible(tokenizer)
+    config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BOS,
         "eos_token": EOS,
-        "unk_token": tokenizer.piece(0),
         "clean_up_tokenization_spaces": False,
     }
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        definition = _sentencepiece(tokenizer)
+        config["unk_token"] = tokenizer.piece(0)
+    elif isinstance(tokenizer, CharacterTokenizer):
+        definition = _characters(tokenizer)
+        config["unk_token"] = UNK
+    else:
+        definition = _bytes(tokenizer)
+    write_whole(folder / "tokenizer.json", _json(definition))
     write_whole(folder / "tokenizer_config.json", _json(config))
 
 
@@ -40,14 +68,60 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def _definition(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
-    n = tokenizer.pieces
-    pieces = [tokenizer.piece(i) for i in range(n)]
-    specials = [(BOS, n, True), (EOS, n + 1, True)]
-    symbols = [
-        (symbol, pieces.index(symbol.replace(" ", SPACE)), False)
+def _sentencepiece(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
+    pieces = [tokenizer.piece(i) for i in range(tokenizer.pieces)]
+    symbols = {
+        symbol: pieces.index(symbol.replace(" ", SPACE))
         for symbol in tokenizer.settings.user_symbols
+    }
+    steps = [
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
     ]
+    return {
+        **_frame(tokenizer, symbols),
+        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+        "decoder": {"type": "Sequence", "decoders": steps},
+        "model": _bpe(pieces) if tokenizer.settings.model == "bpe" else _unigram(tokenizer, pieces),
+    }
+
+
+def _bytes(tokenizer: ByteTokenizer) -> dict[str, Any]:
+    """No character is in the vocabulary, so each falls back to its bytes."""
+    return {
+        **_frame(tokenizer),
+        "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
+        "model": {
+            "type": "BPE",
+            "byte_fallback": True,
+            "vocab": {f"<0x{byte:02X}>": byte for byte in range(256)},
+            "merges": [],
+        },
+    }
+
+
+def _characters(tokenizer: CharacterTokenizer) -> dict[str, Any]:
+    vocabulary = {character: number for number, character in enumerate(tokenizer.alphabet)}
+    vocabulary |= {f"<{name}>": i for name, i in tokenizer.vocabulary["specials"].items()}
+    return {
+        **_frame(tokenizer),
+        "decoder": {"type": "Fuse"},
+        "model": {
+            "type": "BPE",
+            "unk_token": UNK,
+            "fuse_unk": False,
+            "vocab": vocabulary,
+            "merges": [],
+        },
+    }
+
+
+def _frame(tokenizer: Tokenizer, symbols: dict[str, int] | None = None) -> dict[str, Any]:
+    """What all have: the special tokens and `symbols`, and `<bos>` before a text."""
+    specials = tokenizer.vocabulary["specials"]
+    added = [(f"<{name}>", number, True) for name, number in specials.items()]
+    added += [(symbol, number, False) for symbol, number in (symbols or {}).items()]
     first = {"SpecialToken": {"id": BOS, "type_id": 0}}
     text = {"Sequence": {"id": "A", "type_id": 0}}
     return {
@@ -64,25 +138,16 @@ def _definition(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
                 "normalized": False,
                 "special": special,
             }
-            for content, number, special in sorted([*specials, *symbols], key=lambda s: s[1])
+            for content, number, special in sorted(added, key=lambda token: token[1])
         ],
-        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
+        "normalizer": None,
         "pre_tokenizer": None,
         "post_processor": {
             "type": "TemplateProcessing",
             "single": [first, text],
             "pair": [first, text, {"Sequence": {"id": "B", "type_id": 0}}],
-            "special_tokens": {BOS: {"id": BOS, "ids": [n], "tokens": [BOS]}},
+            "special_tokens": {BOS: {"id": BOS, "ids": [specials["bos"]], "tokens": [BOS]}},
         },
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-            ],
-        },
-        "model": _bpe(pieces) if tokenizer.settings.model == "bpe" else _unigram(tokenizer, pieces),
     }
 
 

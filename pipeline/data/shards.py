@@ -15,6 +15,8 @@ is one contiguous read of the mapped file:
     3, 4, 5, 6, ...  offset and length of each member, in the order of the shard entry's
                      "members"; -1 and 0 where the sample lacks it
 
+The entry of a shard of token ids also has its "largest_id", to be held against a vocabulary.
+
 While shards are being made each whole one has a `shard-000000.entry.json`, written last: its
 presence is what "finished" means, so any number of workers can be killed and started again.
 `finish` gathers the entries into the index and removes them.
@@ -108,6 +110,7 @@ class ShardWriter:
         self._skipped: list[dict[str, Any]] = []
         self._raw_bytes = 0
         self._last = -1
+        self._largest_id: int | None = None
 
     def __enter__(self) -> "ShardWriter":
         (self.folder / entry_name(self.name)).unlink(missing_ok=True)
@@ -132,6 +135,9 @@ class ShardWriter:
         for extension in members:
             if not EXTENSION.fullmatch(extension):
                 raise ValueError(f"{self.name}: {extension!r} is no member extension")
+        array = members.get("tokens.npy")
+        if isinstance(array, np.ndarray) and array.dtype.kind in "iu" and array.size:
+            self._largest_id = max(int(array.max()), self._largest_id or 0)
         encoded = [(name, encode_member(name, members[name])) for name in sorted(members)]
         starts, crc = self._tar.write([(f"{key}.{name}", data) for name, data in encoded])
         where = {
@@ -195,6 +201,8 @@ class ShardWriter:
             "raw_bytes": self._raw_bytes,
             "skipped": self._skipped,
         }
+        if self._largest_id is not None:
+            entry["largest_id"] = self._largest_id
         os.replace(temporary, offsets)
         os.replace(self._temporary, self.folder / self.name)
         write_json(self.folder / entry_name(self.name), entry)

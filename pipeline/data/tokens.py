@@ -49,6 +49,7 @@ class TokenSet:
         self._held_bytes = 0
         self._lock = threading.Lock()
         self.tokens = sum(shards.entries[n]["tokens"] for n in shards.numbers(split))
+        self._require_ids_within()
 
     @classmethod
     def open(
@@ -56,6 +57,18 @@ class TokenSet:
     ) -> "TokenSet":
         """A split of the token artifact in `folder`. ArtifactError, ShardError."""
         return cls(Shards.open(folder, on_damage), split)
+
+    def _require_ids_within(self) -> None:
+        """ShardError on ids that the vocabulary lacks, as far as the shards' entries tell: those of
+        older sets do not, and `decode` refuses the sample."""
+        for number in self.shards.numbers(self.split):
+            entry = self.shards.entries[number]
+            if not self.vocabulary.continuous and entry.get("largest_id", 0) >= self.vocabulary.size:
+                raise ShardError(
+                    f"{self.shards.folder / entry['name']}: holds token {entry['largest_id']}, the "
+                    f"vocabulary has {self.vocabulary.size}; pretokenize again with its own "
+                    "tokenizer"
+                )
 
     @cached_property
     def fingerprint(self) -> str:

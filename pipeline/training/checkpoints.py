@@ -16,7 +16,9 @@ A save, step by step (each rank, in a thread where `asynchronous`):
 3. rank 0 waits for all parts, writes `checkpoint.json`, renames the folder, and only then
    moves `latest` and removes checkpoints that are kept no longer.
 
-A kill at any instant leaves either a whole new checkpoint or none.
+A kill at any instant leaves either a whole new checkpoint or none. One of the same step (a
+damaged one made again, or one from before a rollback) is moved aside first, to `.step-….old`;
+who begins after a kill between the two renames puts it back.
 """
 
 import errno
@@ -154,6 +156,12 @@ class CheckpointWriter:
             folder.mkdir(parents=True, exist_ok=True)
             for torn in folder.glob(".step-*.tmp"):
                 shutil.rmtree(torn)
+            for aside in folder.glob(".step-*.old"):
+                final = folder / aside.stem.removeprefix(".")
+                if final.exists():
+                    shutil.rmtree(aside)
+                else:
+                    os.rename(aside, final)
 
     @property
     def failed(self) -> bool:
@@ -259,10 +267,20 @@ class CheckpointWriter:
         write_json(temporary / MANIFEST, {"format": FORMAT, "state": state, "files": files})
         sync_folder(temporary)
         final = step_folder(self.folder, step)
-        if final.exists():  # a damaged one, made again
-            shutil.rmtree(final)
-        os.rename(temporary, final)
+        aside = self.folder / f".{final.name}.old"
+        if final.exists():
+            if aside.exists():
+                shutil.rmtree(aside)
+            os.rename(final, aside)
+        try:
+            os.rename(temporary, final)
+        except OSError:
+            if aside.exists():
+                os.rename(aside, final)
+            raise
         sync_folder(self.folder)
+        if aside.exists():
+            shutil.rmtree(aside)
         pointer = self.folder / f".{LATEST}.tmp"
         pointer.write_text(final.name + "\n")
         os.replace(pointer, self.folder / LATEST)

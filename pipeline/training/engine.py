@@ -22,6 +22,7 @@ DeepSpeed 0.19, each seen happening):
 - Several ranks under `single` would train the same data several times. Refused.
 """
 
+import math
 import os
 import socket
 import warnings
@@ -45,6 +46,8 @@ Strategy = Literal["auto", "single", "ddp", "zero0", "zero1", "zero2", "zero3"]
 Precision = Literal["fp32", "bf16", "fp16"]
 MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 """Accelerate's names of the precisions."""
+LOWEST_LOSS_SCALE = 1.0
+"""fp16: a gradient that overflows even here is at fault itself. DeepSpeed's own floor, too."""
 Micro = TypeVar("Micro")
 """A micro-batch: whatever the objective takes."""
 
@@ -87,9 +90,11 @@ class Update:
     gradient_norm: float
     """Before clipping; inf or nan where a gradient was not finite."""
     applied: bool
+    """False without a fault: fp16 overflowed at this loss scale, and the next one is lower."""
     fault: str | None = None
     """Why it was not applied."""
     loss_scale: float | None = None
+    """fp16: what the loss of this step was multiplied with."""
 
 
 class Engine:
@@ -176,7 +181,12 @@ class Engine:
             "gradient_clipping": self.clip or 0.0,
             "zero_optimization": zero,
             "bf16": {"enabled": self.precision == "bf16"},
-            "fp16": {"enabled": self.precision == "fp16", "initial_scale_power": 16},
+            "fp16": {
+                "enabled": self.precision == "fp16",
+                "initial_scale_power": 16,
+                "hysteresis": 1,  # lower at the first overflow, as torch's scaler does
+                "min_loss_scale": LOWEST_LOSS_SCALE,
+            },
             "zero_allow_untested_optimizer": True,
             # torch's fused AdamW is the faster one on a CPU, and needs no compiler.
             "zero_force_ds_cpu_optimizer": False,
@@ -225,6 +235,10 @@ class Engine:
         """
         zero = self._zero
         zero.check_grad_overflow = True
+        # fp16's loss scale moves in `_zero_step`, after the step: DeepSpeed moves it before it
+        # divides the gradients by it, and raises at its floor, where we name a fault.
+        zero._update_scale = lambda has_overflow=False: None
+        zero.loss_scaler.raise_error_at_min_scale = False
         name = "_loss_scale_update_and_overflow_cleanup" if self.stage == 3 else "check_overflow"
         original = getattr(zero, name)
 
@@ -345,43 +359,42 @@ class Engine:
             self._accelerator.backward(loss)
 
     def _zero_step(self, loss: float, fault: str | None) -> Update:
+        scale = float(self._zero.loss_scale) if self.precision == "fp16" else None
         self._veto = fault is not None
         self.wrapped.step()
         self._veto = False
         norm = float(self.wrapped.get_global_grad_norm())
-        scale = self._zero.loss_scale if self.precision == "fp16" else None
         applied = not self._zero.overflow
         if applied and self._ema is not None:
             self._ema.update()
-        if not applied and fault is None and not scale:
-            fault = "gradient is not finite"
+        if not applied:
+            fault = fault or gradient_fault(scale)
+        if scale is not None and fault is None:  # a fault says nothing about the scale
+            self._zero.loss_scaler.update_scale(self._zero.overflow)
         return Update(loss, norm, applied, fault, scale)
 
     def _torch_step(self, loss: float, fault: str | None) -> Update:
-        parameters = [p for _, p in self.parameters]
-        if self.stage == 0:
-            norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip or float("inf")).item()
-        else:
-            clipped = self._accelerator.clip_grad_norm_(parameters, self.clip or float("inf"))
-            norm = float(clipped.item())
-        finite = norm == norm and norm != float("inf")
         scaler = self._accelerator.scaler
-        applied = finite and fault is None
+        scale = float(scaler.get_scale()) if scaler is not None else None
         if scaler is not None:
-            # The scaler counts good steps itself and lowers the scale after a bad one.
-            if fault is None:
-                self.prepared_optimizer.step()
-        else:
-            if not finite and fault is None:
-                fault = "gradient is not finite"
-            if applied:
-                self.optimizer.step()
+            scaler.unscale_(self.optimizer)
+        parameters = [p for _, p in self.parameters]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip or float("inf")).item()
+        if not math.isfinite(norm):
+            fault = fault or gradient_fault(scale)
+        applied = math.isfinite(norm) and fault is None
+        if applied:
+            self.optimizer.step()
+        if scaler is not None:
+            # After every unscale_, or the next one raises. Lower after an overflow, higher
+            # after many good steps; a fault says nothing about the scale, which stays.
+            scaler.update(scale if fault is not None else None)
         self.prepared_optimizer.zero_grad()
         if self.stage == 0:
             self.wrapped.zero_grad()
         if applied and self._ema is not None:
             self._ema.update()
-        return Update(loss, norm, applied, fault, scaler.get_scale() if scaler else None)
+        return Update(loss, norm, applied, fault, scale)
 
     def keep_average(self, decay: float) -> None:
         """Follow the weights with an exponential moving average from here on."""
@@ -629,6 +642,16 @@ def check_combination(strategy: str, precision: str, ranks: int, gpu: bool) -> N
         )
     if precision == "fp16" and not gpu:
         raise RequestError("precision fp16 needs a GPU; use bf16 or fp32 on a CPU")
+
+
+def gradient_fault(loss_scale: float | None) -> str | None:
+    """What a gradient that is not finite means: under fp16 an overflow, which is no fault, as
+    long as the loss scale can fall."""
+    if loss_scale is None:
+        return "gradient is not finite"
+    if loss_scale <= LOWEST_LOSS_SCALE:
+        return f"gradient is not finite at the lowest loss scale, {loss_scale:g}"
+    return None
 
 
 def plain_accelerator(device: torch.device, precision: Precision) -> Any:

@@ -2,6 +2,8 @@
 
 a step whose gradient is not finite, or whose loss lies far above the recent ones,
     is skipped and counted, with its sample ids, in faults.jsonl
+a step of fp16 whose gradient overflows while the loss scale can still fall is counted there
+    too; it is a fault only as one of many in a row, for a scale that grows overflows now and then
 `consecutive` of them in a row: back to the last good checkpoint; the data windows
     that led here are not read again
 more than `rollbacks` of those: the stage fails, by name
@@ -26,6 +28,9 @@ class FaultSettings(Settings):
     window: int = Field(100, ge=2, description="recent losses that are looked at")
     consecutive: int = Field(5, ge=1, description="faults in a row that cause a rollback")
     rollbacks: int = Field(3, ge=0, description="rollbacks before the stage fails")
+    overflows: int = Field(
+        12, ge=1, description="fp16: overflows in a row from which on each is a fault"
+    )
 
 
 class FaultMonitor:
@@ -41,6 +46,9 @@ class FaultMonitor:
         self.in_a_row = 0
         self.skipped = 0
         self.rollbacks = 0
+        self.overflows = 0
+        """Steps of fp16 that were passed over while the loss scale fell."""
+        self._overflows_in_a_row = 0
         self._path = path
         self._lines = 0
 
@@ -63,7 +71,7 @@ class FaultMonitor:
         return None
 
     def accept(self, loss: float) -> None:
-        self.in_a_row = 0
+        self.in_a_row = self._overflows_in_a_row = 0
         self.recent = [*self.recent, loss][-self.settings.window :]
 
     def skip(self, step: int, reason: str, ids: list[Any]) -> None:
@@ -72,13 +80,28 @@ class FaultMonitor:
         self.skipped += 1
         self._write({"step": step, "skipped": reason, "ids": ids})
 
+    def overflow(self, step: int, loss_scale: float, ids: list[Any]) -> str | None:
+        """Count a step whose gradient overflowed at `loss_scale`; why it is a fault, or None.
+
+        What is no fault is written down here.
+        """
+        self._overflows_in_a_row += 1
+        if self._overflows_in_a_row >= self.settings.overflows:
+            return (
+                f"gradient is not finite for {self._overflows_in_a_row} steps in a row, "
+                f"loss scale {loss_scale:g}"
+            )
+        self.overflows += 1
+        self._write({"step": step, "overflow_at_scale": loss_scale, "ids": ids})
+        return None
+
     @property
     def must_roll_back(self) -> bool:
         return self.in_a_row >= self.settings.consecutive
 
     def roll_back(self, step: int, state: dict[str, Any]) -> None:
         """Note a rollback to a checkpoint's `state`; counts and log go on, the losses do not."""
-        self.in_a_row = 0
+        self.in_a_row = self._overflows_in_a_row = 0
         self.recent = list(state["recent"])
         self.rollbacks += 1
         self._write({"step": step, "rolled_back": self.rollbacks})
@@ -93,6 +116,8 @@ class FaultMonitor:
             "in_a_row": self.in_a_row,
             "skipped": self.skipped,
             "rollbacks": self.rollbacks,
+            "overflows": self.overflows,
+            "overflows_in_a_row": self._overflows_in_a_row,
             "lines": self._lines,
         }
 
@@ -102,6 +127,8 @@ class FaultMonitor:
         self.in_a_row = state["in_a_row"]
         self.skipped = state["skipped"]
         self.rollbacks = state["rollbacks"]
+        self.overflows = state.get("overflows", 0)  # checkpoints before there was a count
+        self._overflows_in_a_row = state.get("overflows_in_a_row", 0)
         self.rewind(state["lines"])
 
     def rewind(self, lines: int) -> None:

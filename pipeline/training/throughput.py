@@ -13,6 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from chainrule.pipeline.models.contract import Autoregressive
 
 PEAK_WITHIN_S = 0.4
+CHECKPOINT_SHARE = 0.05
+"""What checkpoints may take of the time from one to the next."""
+SHORT_STALL_S = 0.5
+"""A stall that nobody notices, whatever its share is."""
 
 
 def flops_per_element(model: Autoregressive) -> float:
@@ -91,6 +95,9 @@ class Meter:
         self._began = time.perf_counter()
         self._left_out: dict[str, float] = {}
         self._stalled_before = 0.0
+        self._checkpointed = self._began
+        self.checkpoint_share = 0.0
+        """Of the time from the end of one checkpoint to that of the next, the last time."""
 
     def step(self, elements: float) -> None:
         self._elements += elements
@@ -100,14 +107,18 @@ class Meter:
         """Time inside is no part of training speed; it is reported as `<what>_s`."""
         began = time.perf_counter()
         yield
-        spent = time.perf_counter() - began
-        self._left_out[what] = self._left_out.get(what, 0.0) + spent
+        now = time.perf_counter()
+        self._left_out[what] = self._left_out.get(what, 0.0) + now - began
+        if what == "checkpoint":
+            self.checkpoint_share = (now - began) / max(now - self._checkpointed, 1e-9)
+            self._checkpointed = now
 
     def report(self, data_stalled: float) -> dict[str, float]:
         """Rates since the last report; `data_stalled` is the loader's total of seconds.
 
         `data_stall` is the share of training time that was waiting for data; a checkpoint
-        made since the last report shows as `checkpoint_s`, the seconds that training stood.
+        made since the last report shows as `checkpoint_s`, the seconds that training stood, and
+        `checkpoint_share`, what that is of the time since the checkpoint before.
         """
         now = time.perf_counter()
         spent = max(now - self._began - sum(self._left_out.values()), 1e-9)
@@ -120,7 +131,47 @@ class Meter:
             "data_stall": stalled / spent,
             **{f"{what}_s": seconds for what, seconds in self._left_out.items()},
         }
+        if "checkpoint" in self._left_out:
+            found["checkpoint_share"] = self.checkpoint_share
         self._elements, self._began = 0.0, now
         self._left_out.clear()
         self._stalled_before = data_stalled
         return found
+
+
+def checkpoints_too_dear(record: dict[str, float]) -> str | None:
+    """What to say where a report's checkpoint held up training for longer than it may."""
+    share, seconds = record.get("checkpoint_share", 0.0), record.get("checkpoint_s", 0.0)
+    if share <= CHECKPOINT_SHARE or seconds < SHORT_STALL_S:
+        return None
+    return (
+        f"a checkpoint held up training for {seconds:.1f} s, {share:.0%} of the time since the one "
+        f"before (more than {CHECKPOINT_SHARE:.0%}): raise checkpoint_every, or write to a faster "
+        "disk"
+    )
+
+
+def progress_line(record: dict[str, float], checkpoint_share: float) -> dict[str, str]:
+    """What stands beside the bar, short enough for a line of a terminal.
+
+    The two stalls are shares of the time: waiting for data, then for the last checkpoint.
+    """
+    mantissa, exponent = f"{record['learning_rate']:.1e}".split("e")
+    return {
+        "loss": f"{record['loss']:.4g}",
+        "grad": f"{record['gradient_norm']:.2g}",
+        "lr": f"{mantissa}e{int(exponent)}",
+        "tok/s": _in_thousands(record["tokens_per_second"]),
+        "peak": f"{record['peak_share']:.0%}",
+        "GB": f"{record['memory_gb']:.3g}",
+        "stall": f"{record['data_stall']:.0%}+{checkpoint_share:.0%}",
+    }
+
+
+def _in_thousands(value: float) -> str:
+    """Three digits: 987, 12.3k, 1.23M."""
+    for unit in ("", "k", "M", "G"):
+        if value < 999.5:
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return f"{value:.3g}T"
