@@ -59,6 +59,7 @@ def to_transformers(tokenizer: Tokenizer, folder: Path) -> None:
         definition = _characters(tokenizer)
         config["unk_token"] = UNK
     else:
+        assert isinstance(tokenizer, ByteTokenizer)  # check_expressible knows no other
         definition = _bytes(tokenizer)
     write_whole(folder / "tokenizer.json", _json(definition))
     write_whole(folder / "tokenizer_config.json", _json(config))

@@ -63,7 +63,8 @@ class TokenSet:
         older sets do not, and `decode` refuses the sample."""
         for number in self.shards.numbers(self.split):
             entry = self.shards.entries[number]
-            if not self.vocabulary.continuous and entry.get("largest_id", 0) >= self.vocabulary.size:
+            largest = entry.get("largest_id", 0)
+            if not self.vocabulary.continuous and largest >= self.vocabulary.size:
                 raise ShardError(
                     f"{self.shards.folder / entry['name']}: holds token {entry['largest_id']}, the "
                     f"vocabulary has {self.vocabulary.size}; pretokenize again with its own "

@@ -142,9 +142,8 @@ def stop_signals() -> Iterator[StopSignals]:
         now = time.monotonic()
         if not stop.requested:
             stop.requested, stop.since = True, now
-        elif (
-            number == signal.SIGINT and now - stop.since > 1
-        ):  # a launcher passes the first on, too
+        elif number == signal.SIGINT and now - stop.since > 1:
+            # (Within a second it is the first one again, passed on by a launcher.)
             raise KeyboardInterrupt
 
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
