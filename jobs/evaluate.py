@@ -54,7 +54,7 @@ from chainrule.pipeline.evaluation.likelihood_figures import (
 from chainrule.pipeline.evaluation.linear_probe import probe_model, probe_picture, put_probes
 from chainrule.pipeline.evaluation.round_trip import measure_audio, measure_images, measure_texts
 from chainrule.pipeline.models.made import MADE
-from chainrule.pipeline.ranks import own_device
+from chainrule.pipeline.ranks import chosen_device
 from chainrule.pipeline.sampling.request import Source
 from chainrule.pipeline.stage import Input, Stage, StageFailed
 
@@ -306,7 +306,7 @@ def reconstruct(config: Config, stage: Stage, source: Source | None, figures: Fi
         batches = _raw_batches(config, shards, samples, progress)
         if tokenizer.modality == "image":
             picture = stage.folder / "reconstructions.png"
-            device = own_device() if config.device == "auto" else config.device
+            device = chosen_device(config.device)
             perceptual = _lpips(config.lpips, device) if config.lpips is not None else None
             features = inception(config.inception, device) if config.inception else None
             measure_images(tokenizer, batches, config.split, figures, picture, perceptual, features)

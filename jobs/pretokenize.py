@@ -31,7 +31,7 @@ from chainrule.pipeline.config import Settings, runtime
 from chainrule.pipeline.data.reader import Sample, Shards
 from chainrule.pipeline.data.shards import ShardWriter, finish, finished, key_of
 from chainrule.pipeline.data.tokens import OF_ONE_SHAPE
-from chainrule.pipeline.ranks import own_device
+from chainrule.pipeline.ranks import chosen_device
 from chainrule.pipeline.stage import Input, Stage, StageFailed
 from chainrule.tokenizers import interface
 from chainrule.tokenizers.interface import Tokenizer, TokenizerError
@@ -83,7 +83,7 @@ def open_inputs(config: Config, stage: Stage) -> tuple[Shards, Tokenizer]:
     """The raw shards and the tokenizer, fit for each other; StageFailed, TokenizerError."""
     raw, folder = stage.input("data"), stage.input("tokenizer").folder
     shards = Shards.open(raw.folder)
-    device = own_device() if config.device == "auto" else config.device
+    device = chosen_device(config.device)
     try:
         tokenizer = interface.load(folder, device)
     except TokenizerError as error:

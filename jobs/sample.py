@@ -20,7 +20,7 @@ from PIL import Image
 
 from chainrule.pipeline.artifact import Artifact, require_same, sha256_file
 from chainrule.pipeline.config import digest, result_settings
-from chainrule.pipeline.ranks import own_device
+from chainrule.pipeline.ranks import chosen_device
 from chainrule.pipeline.sampling.drafts import Draft, ModelDraftSettings, make_draft
 from chainrule.pipeline.sampling.int8 import quantise
 from chainrule.pipeline.sampling.pictures import (
@@ -61,14 +61,14 @@ def open_source(folder: Path, device: str = "auto", dtype: str = "float32") -> S
     from chainrule.pipeline import load
     from chainrule.tokenizers import interface
 
-    chosen = torch.device(own_device() if device == "auto" else device)
+    chosen = torch.device(chosen_device(device))
     in_memory = torch.float32 if dtype == "int8" else getattr(torch, dtype)
     model = load(folder, device=str(chosen), dtype=in_memory).eval()
     if dtype == "int8":
         quantise(model)
     card = _card(folder)
     tokenizer = None
-    if card.get("tokenizer") is not None:
+    if card.get("tokenizer") is not None and card["tokenizer"].get("path") is not None:
         try:
             tokenizer = interface.load(folder / card["tokenizer"]["path"], device=str(chosen))
         except interface.TokenizerError as error:

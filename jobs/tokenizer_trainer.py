@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from chainrule.pipeline.data.image_batches import ImageBatches
+from chainrule.pipeline.ranks import chosen_device
 from chainrule.pipeline.stage import Stage, StageFailed, StageInterrupted
 from chainrule.pipeline.training.checkpoints import Checkpoint, CheckpointWriter, newest, snapshot
 from chainrule.pipeline.training.ema import ExponentialAverage
@@ -62,7 +63,7 @@ class Trainer:
     ) -> None:
         self.config, self.stage, self.batches = config, stage, batches
         self.variance = pixel_variance
-        self.device = _device(config.device, stage)
+        self.device = _device(config.device)
         parts = stage.world_size * config.accumulate
         if config.batch_size % parts:
             raise StageFailed(
@@ -389,15 +390,13 @@ class Trainer:
             shutil.rmtree(stage.folder / CHECKPOINTS, ignore_errors=True)
 
 
-def _device(wanted: str, stage: Stage) -> torch.device:
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted == "cuda" and stage.world_size > 1:
-        import os
-
-        wanted = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-        torch.cuda.set_device(wanted)
-    return torch.device(wanted)
+def _device(wanted: str) -> torch.device:
+    if wanted == "cuda":  # of several ranks each has its own
+        wanted = "auto" if torch.cuda.is_available() else "cuda"
+    device = torch.device(chosen_device(wanted))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def _moments(name: str, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -8,13 +8,14 @@ import typer
 from chainrule.pipeline.artifact import Artifact, require_same
 from chainrule.pipeline.cli import ModelArgument, app, model_folders
 from chainrule.pipeline.config import RequestError, nearest
+from chainrule.pipeline.ranks import chosen_device
 
 bench = typer.Typer(help="Measure speed: ratios in one run.", rich_markup_mode=None)
 app.add_typer(bench, name="bench")
 
 DtypesOption = Annotated[list[str] | None, typer.Option("--dtype", help="float32, bfloat16")]
 RoundsOption = Annotated[int, typer.Option(min=1, help="Times that each contestant is measured.")]
-DeviceOption = Annotated[str, typer.Option(help="cpu, cuda")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda", callback=chosen_device)]
 
 
 def _chosen(option: str, given: list[str] | None, known: Any) -> list[str]:
