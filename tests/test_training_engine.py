@@ -29,6 +29,7 @@ from engine_ranks import train
 
 STRATEGIES = ["ddp", "zero0", "zero1", "zero2", "zero3"]
 FAULTS = {"veto_at": 1, "nan_at": 4}
+STEPS = 23  # 20 after the checkpoint of step 3
 
 
 def run_ranks(world_size: int, tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -74,7 +75,7 @@ def losses(result: dict[str, Any]) -> list[float]:
 def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The reference: one process, with a vetoed step and one whose gradient is nan."""
     folder = str(tmp_path_factory.mktemp("single"))
-    result = train("single", 6, folder=folder, save_at=3, ema=0.9, **FAULTS)
+    result = train("single", STEPS, folder=folder, save_at=3, ema=0.9, **FAULTS)
     return {**result, "folder": folder}
 
 
@@ -82,7 +83,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def spread(tmp_path_factory: pytest.TempPathFactory, single: dict[str, Any]) -> dict[str, Any]:
     """Two processes: each strategy whole, resumed from its own checkpoint and from another's."""
     folder = tmp_path_factory.mktemp("spread")
-    common = {"steps": 6, "accumulate": 2, "ema": 0.9, **FAULTS}
+    common = {"steps": STEPS, "accumulate": 2, "ema": 0.9, **FAULTS}
     folders = {name: str(folder / name) for name in STRATEGIES}
     whole = [
         {**common, "strategy": name, "folder": folders[name], "save_at": 3} for name in STRATEGIES
@@ -108,7 +109,8 @@ def spread(tmp_path_factory: pytest.TempPathFactory, single: dict[str, Any]) -> 
 
 
 def test_a_single_process_skips_faults_and_goes_on(single):
-    assert [update[2] for update in single["updates"]] == [True, False, True, True, False, True]
+    applied = [update[2] for update in single["updates"]]
+    assert applied == [True, False, True, True, False, *[True] * (STEPS - 5)]
     assert single["updates"][1][3] == "veto"
     assert single["updates"][4][3] == "gradient is not finite"
 
@@ -123,7 +125,7 @@ def test_a_vetoed_step_changes_nothing(tmp_path):
 
 
 def test_accumulation_is_the_same_update(single):
-    parted = train("single", 6, accumulate=3, **FAULTS)
+    parted = train("single", STEPS, accumulate=3, **FAULTS)
     assert losses(parted) == pytest.approx(losses(single), rel=1e-6)
 
 
@@ -174,7 +176,7 @@ def test_any_strategy_goes_on_from_any_other(spread, single):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_one_process_goes_on_from_two(spread, single, strategy):
     common = {"folder": spread["folders"][strategy], "ema": 0.9, **FAULTS}
-    result = train("single", 6, resume=3, **common)
+    result = train("single", STEPS, resume=3, **common)
     assert losses(result) == pytest.approx(losses(single)[3:], rel=1e-6)
     assert result["averaged"] == pytest.approx(single["averaged"], rel=1e-6)
 
@@ -205,10 +207,10 @@ def scale_losses(monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
 def test_a_loss_scale_falls_after_an_overflow_and_not_after_a_fault(monkeypatch, single):
     """A scale is a power of two: the losses are those of the run without one, bit for bit."""
     scale_losses(monkeypatch, 2.0**16)
-    found = train("single", 6, ema=0.9, **FAULTS)
+    found = train("single", STEPS, ema=0.9, **FAULTS)
     assert losses(found) == losses(single)
     assert found["averaged"] == single["averaged"]
-    assert [update[2:] for update in found["updates"]] == [
+    assert [update[2:] for update in found["updates"]][:6] == [
         [True, None],
         [False, "veto"],
         [True, None],
@@ -216,7 +218,7 @@ def test_a_loss_scale_falls_after_an_overflow_and_not_after_a_fault(monkeypatch,
         [False, None],  # an overflow is no fault as long as the scale can fall
         [True, None],
     ]
-    assert found["scales"] == [2.0**16, 2.0**16, 2.0**16, 2.0**17, 2.0**17, 2.0**16]
+    assert found["scales"][:6] == [2.0**16, 2.0**16, 2.0**16, 2.0**17, 2.0**17, 2.0**16]
 
 
 def test_an_overflow_at_the_lowest_loss_scale_is_a_fault(monkeypatch):
@@ -246,8 +248,8 @@ def test_deepspeeds_loss_scale_does_the_same(single):
             [True, None],
         ]
         assert found["scales"] == [2.0**16, 2.0**16, 2.0**16, 2.0**16, 2.0**17, 2.0**16]
-        assert losses(found) == pytest.approx(losses(single), rel=1e-2)
-        for ours, reference in zip(found["updates"], single["updates"], strict=True):
+        assert losses(found) == pytest.approx(losses(single)[:6], rel=1e-2)
+        for ours, reference in zip(found["updates"], single["updates"], strict=False):
             if ours[2]:  # also in the step at whose end the scale grows
                 assert ours[1] == pytest.approx(reference[1], rel=2e-2)
     for found in results[2:]:
