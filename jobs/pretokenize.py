@@ -43,6 +43,9 @@ INPUTS: dict[str, Input] = {
     "tokenizer": Input(("train_tokenizer",)),
 }
 
+DECODED_AT_ONCE = 16
+"""Samples that a decoding thread takes at once, at most."""
+
 
 class Config(Settings):
     batch_size: int = Field(64, ge=1, description="samples encoded at once")
@@ -261,16 +264,21 @@ def _pieces(shards: Shards, number: int, config: Config) -> Generator[list[Piece
             fault = str(error) if isinstance(error, TokenizerError) else repr(error)
             return [Piece(first, where, meta, raw_bytes, None, fault)]
 
+    def decode_some(some: list[Sample]) -> list[Piece]:
+        return [piece for sample in some for piece in decode(sample)]
+
+    # several samples a task: handing one over costs as much as decoding a small picture
+    at_once = max(1, min(DECODED_AT_ONCE, config.batch_size // config.workers))
     batch: list[Piece] = []
     with ThreadPoolExecutor(config.workers, "decode") as pool:
         pending: deque[Future[list[Piece]]] = deque()
         samples = shards.iterate_shard(number)
         while True:
-            while len(pending) < 2 * config.batch_size:
-                sample = next(samples, None)
-                if sample is None:
+            while len(pending) * at_once < 2 * config.batch_size:
+                some = list(islice(samples, at_once))
+                if not some:
                     break
-                pending.append(pool.submit(decode, sample))
+                pending.append(pool.submit(decode_some, some))
             if not pending:
                 break
             batch += pending.popleft().result()
