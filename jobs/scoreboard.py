@@ -231,12 +231,11 @@ def model_row(config: Config, artifact: Artifact, files: Files, folder: Path) ->
     header["model"] = {"fingerprint": source.card["fingerprint"], "folder": str(artifact.folder)}
     path = folder / ".scoreboard.cr"
     try:
-        container.write(path, header, streams)
+        size = container.write(path, header, streams)
         verify_container(path, source, adapter, files.named, reports)
     finally:
         path.unlink(missing_ok=True)
     decoded = time.monotonic()
-    size = sum(r.coded_bytes for r in reports)
     ideal = sum(r.coded_bytes if r.ideal_bytes is None else r.ideal_bytes for r in reports)
     model_bytes = sum(path.stat().st_size for path in weight_files(artifact.folder))
     return Row(

@@ -6,6 +6,7 @@ compares each file's sha256 before it hands anything on. Neither touches the fil
 """
 
 import hashlib
+import importlib.metadata
 import math
 import platform
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from chainrule.pipeline.coding.entropy import CodingError, Decoder, Encoder, lea
 from chainrule.pipeline.coding.forms import Adapter, NotForModel, Split, Symbols
 
 Named = tuple[str, bytes]
+MOST_THREADS = 4096
 LARGER = "larger under the model than under zstd"
 
 
@@ -56,6 +58,8 @@ def contract(model: Model) -> dict[str, Any]:
         "dtype": str(weight.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(weight.device) if kind == "cuda" else kind,
         "torch": torch.__version__,
+        "numpy": np.__version__,
+        "constriction": importlib.metadata.version("constriction"),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "machine": platform.machine(),
@@ -75,6 +79,15 @@ def _threads(number: int) -> Iterator[None]:
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def _is_digest(found: str, recorded: str) -> bool:
+    """Whether a sha256 is the recorded one, of which a container keeps the first digits."""
+    return len(recorded) >= 8 and found.startswith(recorded)
+
+
+def _of_all(digests: Sequence[str]) -> str:
+    return _sha256("".join(digests).encode())
 
 
 def _shorter(data: bytes) -> bytes:
@@ -186,11 +199,19 @@ def _assemble(
         entries.append(record)
     header = {
         "contract": contract(model),
+        "originals": _of_all([_expected(entry) for entry in entries]),
         "layout": layout.model_dump(),
         "coded": entry,
         "files": entries,
     }
     return header, streams, reports
+
+
+def _expected(entry: dict[str, Any]) -> str:
+    """The sha256 of what comes back of a file."""
+    exact = entry.get("exact", "bytes") == "bytes"
+    digest: str = entry["sha256"] if exact else entry["side"]["restored"]
+    return digest
 
 
 def unpack(
@@ -216,6 +237,7 @@ def unpack(
                 raise ContainerError(f"{container.path}: its files were coded under a model")
             items = _decode_items(container, model, adapter, modelled, coded, layout, report)
         files = []
+        found = []
         parts = iter(items)
         for e in entries:
             if e["how"] == "model":
@@ -225,8 +247,8 @@ def unpack(
                 data = unfold(container.streams[e["stream"]], e["length"])
             else:
                 data = container.streams[e["stream"]]
-            expected = e["sha256"] if e.get("exact", "bytes") == "bytes" else e["side"]["restored"]
-            if _sha256(data) != expected or (
+            found.append(_sha256(data))
+            if not _is_digest(found[-1], _expected(e)) or (
                 e.get("exact", "bytes") == "bytes" and len(data) != e["length"]
             ):
                 raise ContainerError(
@@ -234,6 +256,11 @@ def unpack(
                     + _difference(header, model)
                 )
             files.append((e["name"], data))
+        if not _is_digest(_of_all(found), header["originals"]):
+            raise ContainerError(
+                f"{container.path}: its files do not come back as they were"
+                + _difference(header, model)
+            )
         return files
     except CodingError as error:
         raise ContainerError(f"{container.path}: {error}{_difference(header, model)}") from None
@@ -275,7 +302,10 @@ def _decode_items(
         raise ContainerError(
             f"{container.path}: claims {sum(lengths):,} symbols, more than its bytes can hold"
         )
-    with _threads(int(container.header["contract"]["threads"])):
+    threads = container.header["contract"]["threads"]
+    if not isinstance(threads, int) or not 1 <= threads <= MOST_THREADS:
+        raise ContainerError(f"{container.path}: claims to be made by {threads!r} threads")
+    with _threads(threads):
         flat = decode(
             model,
             streams,
