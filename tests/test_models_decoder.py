@@ -15,6 +15,7 @@ from chainrule.pipeline.models.kernels import (
     rotate,
     swiglu,
 )
+from chainrule.pipeline.models.ragged import RaggedCursor
 from chainrule.pipeline.models.registry import PRESETS, resolve
 
 SMALL: dict[str, Any] = {"layers": 2, "heads": 2, "width": 16, "mlp_width": 24, "context": 16}
@@ -111,6 +112,20 @@ def test_long_prompts_are_fed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @torch.no_grad()
+@torch.no_grad()
+def test_rows_of_their_own_positions_take_ids_of_any_integer_dtype_and_no_other() -> None:
+    model = build("gpt2-debug", seed=0, context=8).eval()
+    x = torch.randint(model.config.vocabulary_size, (2, 4))
+    wanted = RaggedCursor(model, 2).advance(x).logits  # type: ignore[attr-defined]
+    short = RaggedCursor(model, 2).advance(x.to(torch.uint16)).logits  # type: ignore[attr-defined]
+    assert torch.equal(short, wanted)
+    size = model.config.vocabulary_size
+    with pytest.raises(ValueError, match=rf"x holds {size}: elements lie in 0\.\.{size - 1}"):
+        RaggedCursor(model, 2).advance(torch.full((2, 1), size))
+    with pytest.raises(ValueError, match="cond was given"):
+        RaggedCursor(model, 2, torch.zeros(2, dtype=torch.long))
+
+
 def test_the_condition_is_dropped_in_training_only() -> None:
     model = _decoder("gpt2-debug", classes=3, class_dropout=0.999)
     x, cond = torch.randint(256, (4, 6)), torch.tensor([0, 1, 2, 2])

@@ -155,6 +155,13 @@ def test_training_finds_a_dependence():
     assert loss.item() == pytest.approx(3 * math.log(2), abs=0.05)
 
 
+@pytest.mark.parametrize("mask", [-1, 2, 5])
+def test_a_mask_that_the_model_lacks_is_refused(mask):
+    model = build({"preset": "made-debug", "masks": 2})
+    with pytest.raises(ValueError, match=rf"mask is {mask}: the model has 0\.\.1"):
+        model.conditionals(torch.zeros(1, 4, 4, dtype=torch.long), mask=mask)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -7,8 +7,8 @@ Training, evaluation, sampling, speculative decoding and compression are each
 written once against these three classes.
 
 Shapes: B batch, T elements of one event in generation order (T = prod(event_shape)).
-Likelihoods are in nats. An element is an integer for discrete heads, a float for
-continuous ones; a PixelCNN++ element is one channel of one pixel.
+Likelihoods are in nats. An element is an integer (of any integer dtype) for discrete heads,
+a float for continuous ones; a PixelCNN++ element is one channel of one pixel.
 """
 
 from abc import ABC, abstractmethod

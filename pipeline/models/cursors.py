@@ -57,7 +57,7 @@ class CachedCursor(Cursor):
     def advance(self, x: Tensor) -> Conditional:
         if x.dim() != 2 or len(x) != self.batch:
             raise ValueError(f"x has shape {tuple(x.shape)}: the cursor takes ({self.batch}, k)")
-        check_values(x, self.vocabulary_size)
+        x = check_values(x, self.vocabulary_size)
         start, stop = self.position, self.position + x.shape[1]
         if stop > self.length:
             raise ValueError(

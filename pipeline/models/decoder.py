@@ -232,7 +232,7 @@ class Decoder(Autoregressive):
         return self._hidden(x, cond, None, keep=True)
 
     def cursor(self, batch: int, cond: Tensor | None = None) -> Cursor:
-        check_condition(cond, self.config.classes, batch)
+        cond = check_condition(cond, self.config.classes, batch)
         return DecoderCursor(self, batch, cond)
 
     def to_sequence(self, x: Tensor) -> Tensor:
@@ -250,8 +250,8 @@ class Decoder(Autoregressive):
         """The last hidden states, or with `keep` all of them."""
         config = self.config
         # Part of an event can be told from a whole one only where it comes first.
-        check_elements(x, self.event_shape, config.vocabulary_size, shorter=not self._reordered)
-        check_condition(cond, config.classes, len(x))
+        x = check_elements(x, self.event_shape, config.vocabulary_size, shorter=not self._reordered)
+        cond = check_condition(cond, config.classes, len(x))
         if documents is not None and documents.shape != x.shape:
             raise ValueError(
                 f"documents has shape {tuple(documents.shape)}: x has {tuple(x.shape)}"

@@ -167,8 +167,8 @@ class GatedPixelCNN(RasterModel):
         self.output.set_bias(config.head.initial_bias(config.vocabulary_size).repeat(channels))
 
     def conditionals(self, x: Tensor, cond: Tensor | None = None) -> Conditional:
-        check_elements(x, self.event_shape, self.config.vocabulary_size)
-        check_condition(cond, self.config.classes, len(x))
+        x = check_elements(x, self.event_shape, self.config.vocabulary_size)
+        cond = check_condition(cond, self.config.classes, len(x))
         encoded = self.input(self.to_image(x), self.output.weight.dtype)  # (B, C, H, W, E)
         v = h = encoded.permute(0, 1, 4, 2, 3).flatten(1, 2)
         biases = self._class_biases(cond, len(x))
@@ -189,7 +189,7 @@ class GatedPixelCNN(RasterModel):
         return self.config.head.conditional(parameters, self.config.vocabulary_size)
 
     def cursor(self, batch: int, cond: Tensor | None = None) -> "GatedPixelCNNCursor":
-        check_condition(cond, self.config.classes, batch)
+        cond = check_condition(cond, self.config.classes, batch)
         return GatedPixelCNNCursor(self, batch, cond)
 
 

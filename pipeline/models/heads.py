@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from chainrule.pipeline.config import Settings
 from chainrule.pipeline.models.contract import Conditional
+from chainrule.pipeline.models.inputs import as_ids
 from chainrule.pipeline.models.kernels import Linear
 
 
@@ -37,6 +38,7 @@ class Categorical(Conditional):
         return self._log_probs
 
     def log_prob(self, x: Tensor) -> Tensor:
+        x = as_ids(x)
         if self._log_probs is not None:
             return self._log_probs.gather(-1, x.unsqueeze(-1)).squeeze(-1)
         # cross_entropy is log_softmax and gather in one kernel. Its ignore_index must be no
@@ -195,7 +197,7 @@ class DiscretizedMixtureOfLogistics(Conditional):
     def log_prob(self, x: Tensor) -> Tensor:
         log_weights = torch.log_softmax(self.mixture_logits, dim=-1)
         nats = discretized_logistic_log_prob(
-            x.unsqueeze(-1), self.means, self.log_scales, self.vocabulary_size
+            as_ids(x).unsqueeze(-1), self.means, self.log_scales, self.vocabulary_size
         )
         return torch.logsumexp(log_weights + nats, dim=-1)
 

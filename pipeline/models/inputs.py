@@ -1,7 +1,8 @@
 """What enters a model: elements as features, the class, and the checks of both.
 
 Every check raises ValueError naming the argument, the value and the bound, before any
-kernel runs on it.
+kernel runs on it. Ids may come in any integer dtype (shards hold uint8 and uint16); a check
+gives them back as int64, which every kernel takes.
 """
 
 from typing import Literal
@@ -10,11 +11,20 @@ import torch
 from torch import Tensor, nn
 
 
+def as_ids(x: Tensor) -> Tensor:
+    """`x` as int64; ValueError for what is no integer."""
+    if x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.bool:
+        raise ValueError(f"x has dtype {x.dtype}: the model's elements are integers")
+    return x.long()
+
+
 def check_elements(
     x: Tensor, event_shape: tuple[int, ...], vocabulary_size: int | None, shorter: bool = False
-) -> None:
+) -> Tensor:
     """`x` is (B, *event_shape); discrete elements (`vocabulary_size` given) are integers in
-    0..vocabulary_size-1. `shorter`: a sequence may have fewer elements than the event."""
+    0..vocabulary_size-1. `shorter`: a sequence may have fewer elements than the event.
+
+    Returns `x`, discrete elements as int64."""
     fits = tuple(x.shape[1:]) == tuple(event_shape)
     if shorter and x.dim() == 2 and len(event_shape) == 1:
         fits = x.shape[1] <= event_shape[0]
@@ -22,17 +32,17 @@ def check_elements(
         wanted = ", ".join(str(n) for n in event_shape)
         few = " or shorter" if shorter else ""
         raise ValueError(f"x has shape {tuple(x.shape)}: the model takes (batch, {wanted}){few}")
-    check_values(x, vocabulary_size)
+    return check_values(x, vocabulary_size)
 
 
-def check_values(x: Tensor, vocabulary_size: int | None) -> None:
-    """Elements of any shape are of the model's kind: tokens in range, or floats."""
+def check_values(x: Tensor, vocabulary_size: int | None) -> Tensor:
+    """Elements of any shape are of the model's kind: tokens in range (returned as int64), or
+    floats."""
     if vocabulary_size is None:
         if not x.dtype.is_floating_point:
             raise ValueError(f"x has dtype {x.dtype}: the model's elements are floats")
-        return
-    if x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.bool:
-        raise ValueError(f"x has dtype {x.dtype}: the model's elements are integers")
+        return x
+    x = as_ids(x)
     # Neither a meta tensor (chainrule plan) nor a graph being compiled has values to look at.
     if x.numel() and not x.is_meta and not torch.compiler.is_compiling():
         if x.numel() == 1:
@@ -42,12 +52,14 @@ def check_values(x: Tensor, vocabulary_size: int | None) -> None:
         if low < 0 or high >= vocabulary_size:
             wrong = low if low < 0 else high
             raise ValueError(f"x holds {wrong}: elements lie in 0..{vocabulary_size - 1}")
+    return x
 
 
-def check_condition(cond: Tensor | None, classes: int | None, batch: int) -> None:
-    """`cond` is (B,) integers in -1..classes-1 (-1: unconditional), or None."""
+def check_condition(cond: Tensor | None, classes: int | None, batch: int) -> Tensor | None:
+    """`cond` is (B,) integers in -1..classes-1 (-1: unconditional), or None. Returned as
+    int64."""
     if cond is None:
-        return
+        return None
     if classes is None:
         raise ValueError("cond was given: the model was built without classes")
     if cond.dtype.is_floating_point or tuple(cond.shape) != (batch,):
@@ -55,11 +67,13 @@ def check_condition(cond: Tensor | None, classes: int | None, batch: int) -> Non
             f"cond has shape {tuple(cond.shape)} and dtype {cond.dtype}: "
             f"the model takes integers of shape ({batch},)"
         )
+    cond = cond.long()
     if cond.numel() and not torch.compiler.is_compiling():
         low, high = (int(v) for v in torch.aminmax(cond))
         if low < -1 or high >= classes:
             wrong = low if low < -1 else high
             raise ValueError(f"cond holds {wrong}: classes are 0..{classes - 1}, -1 for none")
+    return cond
 
 
 class ClassEmbedding(nn.Module):

@@ -141,8 +141,11 @@ class MADE(Autoregressive):
     # The chain rule, all elements at once.
 
     def conditionals(self, x: Tensor, cond: Tensor | None = None, mask: int = 0) -> Conditional:
-        check_elements(x, self.event_shape, self.config.vocabulary_size)
-        check_condition(cond, self.config.classes, len(x))
+        """As the contract says, of the order of `mask`, one of the config's `masks`."""
+        x = check_elements(x, self.event_shape, self.config.vocabulary_size)
+        cond = check_condition(cond, self.config.classes, len(x))
+        if not 0 <= mask < self.config.masks:
+            raise ValueError(f"mask is {mask}: the model has 0..{self.config.masks - 1}")
         return self._conditional(self._by_element(x.flatten(1), cond, mask)[:, self.orders[mask]])
 
     def log_prob(self, x: Tensor, cond: Tensor | None = None) -> Tensor:
@@ -224,7 +227,7 @@ class MADE(Autoregressive):
         return sequence[:, self.steps[0]].reshape(len(sequence), *self.event_shape)
 
     def cursor(self, batch: int, cond: Tensor | None = None) -> "MADECursor":
-        check_condition(cond, self.config.classes, batch)
+        cond = check_condition(cond, self.config.classes, batch)
         return MADECursor(self, batch, cond)
 
 

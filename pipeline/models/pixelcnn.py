@@ -135,7 +135,7 @@ class PixelCNN(RasterModel):
         )
 
     def conditionals(self, x: Tensor, cond: Tensor | None = None) -> Conditional:
-        check_elements(x, self.event_shape, self.config.vocabulary_size)
+        x = check_elements(x, self.event_shape, self.config.vocabulary_size)
         check_condition(cond, None, len(x))
         encoded = self.input(self.to_image(x), self.first.weight.dtype)  # (B, C, H, W, E)
         h = self.first(encoded.permute(0, 1, 4, 2, 3).flatten(1, 2))

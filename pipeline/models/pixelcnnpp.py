@@ -221,8 +221,8 @@ class PixelCNNpp(RasterModel):
     # The chain rule, all elements at once.
 
     def conditionals(self, x: Tensor, cond: Tensor | None = None) -> Conditional:
-        check_elements(x, self.event_shape, self.config.vocabulary_size)
-        check_condition(cond, self.config.classes, len(x))
+        x = check_elements(x, self.event_shape, self.config.vocabulary_size)
+        cond = check_condition(cond, self.config.classes, len(x))
         maps = self.network(self.to_image(x), cond)
         pixels = self.to_sequence(x).unflatten(1, (-1, self.channels))
         return self._conditional(self.couple(maps.flatten(2).transpose(1, 2), pixels))
@@ -301,8 +301,8 @@ class PixelCNNpp(RasterModel):
         """Set the gains and biases of every convolution from a batch (B, *event_shape), so
         that each map starts with mean 0 and its intended scale on it. Once, before training,
         with the same batch on every rank."""
-        check_elements(x, self.event_shape, self.config.vocabulary_size)
-        check_condition(cond, self.config.classes, len(x))
+        x = check_elements(x, self.event_shape, self.config.vocabulary_size)
+        cond = check_condition(cond, self.config.classes, len(x))
         for module in self.modules():
             if isinstance(module, WeightNormConv2d):
                 module.initialise = True
@@ -314,7 +314,7 @@ class PixelCNNpp(RasterModel):
     def cursor(self, batch: int, cond: Tensor | None = None) -> Cursor:
         from chainrule.pipeline.models.pixelcnnpp_cursor import PixelCNNppCursor
 
-        check_condition(cond, self.config.classes, batch)
+        cond = check_condition(cond, self.config.classes, batch)
         return PixelCNNppCursor(self, batch, cond)
 
 

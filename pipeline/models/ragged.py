@@ -13,6 +13,7 @@ from torch import Tensor
 
 from chainrule.pipeline.models.contract import Conditional
 from chainrule.pipeline.models.decoder import Decoder
+from chainrule.pipeline.models.inputs import check_condition, check_values
 from chainrule.pipeline.models.kv_cache import grouped_attention
 from chainrule.pipeline.models.native_steps import steps_of
 
@@ -24,6 +25,7 @@ class RaggedCursor:
         config = model.config
         if config.window is not None and config.window < config.context:
             raise ValueError("rows of their own positions need a cache without a sliding window")
+        cond = check_condition(cond, config.classes, batch)
         self.model = model
         weight = next(model.final_norm.parameters())  # of the dtype that is computed in
         shape = (config.layers, batch, config.kv_heads, config.context, config.head_width)
@@ -44,13 +46,15 @@ class RaggedCursor:
     def advance(self, x: Tensor) -> Conditional:
         """Feed k elements to every row (B, k); the conditionals that follow each, (B, k).
 
-        ValueError where a row would be fed to the last element of its event.
+        ValueError for elements that are not the model's, and where a row would be fed to the
+        last element of its event.
         """
         if int(self.known.max()) + x.shape[1] >= self.model.config.context:
             raise ValueError(
                 f"x has {x.shape[1]} elements and a row stands at {int(self.known.max())}: nothing "
                 f"follows the last of {self.model.config.context} elements"
             )
+        x = check_values(x, self.model.config.vocabulary_size)
         parameters = self._feed(self.model.embed(x), self.known + 1)
         self.known += x.shape[1]
         config = self.model.config

@@ -202,8 +202,8 @@ class WaveNet(Autoregressive):
         and stand together; recordings in one window do not see each other. `local`
         (B, F, local_width), where the model is conditioned on it: features of every
         `local_hop` samples, F * local_hop covering them."""
-        check_elements(x, self.event_shape, self.config.vocabulary_size, shorter=True)
-        check_condition(cond, self.config.classes, len(x))
+        x = check_elements(x, self.event_shape, self.config.vocabulary_size, shorter=True)
+        cond = check_condition(cond, self.config.classes, len(x))
         if documents is not None and documents.shape != x.shape:
             raise ValueError(
                 f"documents has shape {tuple(documents.shape)}: x has {tuple(x.shape)}"
@@ -271,7 +271,7 @@ class WaveNet(Autoregressive):
     def cursor(self, batch: int, cond: Tensor | None = None, local: Tensor | None = None) -> Cursor:
         from chainrule.pipeline.models.wavenet_cursor import WaveNetCursor
 
-        check_condition(cond, self.config.classes, batch)
+        cond = check_condition(cond, self.config.classes, batch)
         return WaveNetCursor(self, batch, cond, local)
 
 
