@@ -15,7 +15,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from chainrule.pipeline import build
-from chainrule.pipeline.models.contract import Autoregressive
+from chainrule.pipeline.models.contract import Autoregressive, Conditional, Cursor
+from chainrule.pipeline.models.wavenet import WaveNet
 
 SMALL = {"layers": 2, "heads": 2, "width": 16, "mlp_width": 24}
 MOG = {"kind": "mixture-of-gaussians", "components": 3}
@@ -96,6 +97,7 @@ CASES: dict[str, dict[str, Any]] = {
     "pixelcnnpp-mog": {**TINY_PPP, "event_shape": (4, 4), "vocabulary_size": None, "head": MOG},
     "wavenet": {**TINY_WAVE, "event_shape": (12,), "vocabulary_size": 5},
     "wavenet-mol": {**TINY_WAVE, "event_shape": (12,), "vocabulary_size": None, "head": MOL},
+    "wavenet-mog": {**TINY_WAVE, "event_shape": (12,), "vocabulary_size": None, "head": MOG},
     "wavenet-gaussian": {
         **TINY_WAVE,
         "event_shape": (12,),
@@ -109,6 +111,14 @@ CASES: dict[str, dict[str, Any]] = {
         "head": DMOL,
         "classes": 3,
     },
+    "wavenet-local": {
+        **TINY_WAVE,
+        "event_shape": (12,),
+        "vocabulary_size": 5,
+        "classes": 3,
+        "local_width": 2,
+        "local_hop": 3,
+    },
     "made": {"preset": "made-debug", "event_shape": (3, 3), "vocabulary_size": 3},
     "made-binary-classes": {"preset": "made-debug", "event_shape": (3, 3), "classes": 3},
     "made-spiral": {"preset": "made-debug", "event_shape": (3, 3), "ordering": "spiral"},
@@ -120,6 +130,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "made-mog": {"preset": "made-mog-debug"},
     "made-gaussian": {"preset": "made-mog-debug", "head": {"kind": "gaussian"}},
+    "made-mol": {"preset": "made-mog-debug", "head": MOL},
 }
 
 
@@ -129,6 +140,28 @@ def _model(spec: dict[str, Any]) -> Autoregressive:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.15 * torch.randn_like(parameter))
+    return _with_local(model) if isinstance(model, WaveNet) and model.upsample else model
+
+
+def _with_local(model: WaveNet) -> Autoregressive:
+    """The model under features of its own, the same in every row: one without that argument."""
+    conditionals, cursor = model.conditionals, model.cursor
+    frames = -(-model.event_shape[0] // model.config.local_hop)
+    features = torch.randn(1, frames, model.config.local_width)
+
+    def conditionals_given(x: Tensor, cond: Tensor | None = None) -> Conditional:
+        rows = len(x) if x.dim() else 1
+        return conditionals(x, cond, local=features.expand(rows, -1, -1))
+
+    def log_prob_given(x: Tensor, cond: Tensor | None = None) -> Tensor:
+        return conditionals_given(x, cond).log_prob(x)
+
+    def cursor_given(batch: int, cond: Tensor | None = None) -> Cursor:
+        return cursor(batch, cond, features.expand(batch, -1, -1))
+
+    model.conditionals = conditionals_given  # type: ignore[assignment, method-assign]
+    model.log_prob = log_prob_given  # type: ignore[assignment, method-assign]
+    model.cursor = cursor_given  # type: ignore[assignment, method-assign]
     return model
 
 
@@ -182,45 +215,88 @@ def test_an_element_moves_nothing_before_or_at_itself(name: str) -> None:
     assert (later > 0).any(), "nothing depends on anything: the test would see no leak"
 
 
-@every
-def test_gradients_reach_no_later_element(name: str) -> None:
-    """d log p(x_t | x_<t) / d input_s is exactly zero for s >= t: through the embeddings'
-    gradient for discrete elements, through the elements themselves for densities."""
+DENSITIES = [name for name, spec in CASES.items() if build(spec).config.vocabulary_size is None]
+DISCRETE = [name for name in CASES if name not in DENSITIES]
+
+
+@pytest.mark.parametrize("name", DENSITIES)
+def test_gradients_reach_no_later_value(name: str) -> None:
+    """d log p(x_t | x_<t) / d x_s is exactly zero for s >= t, for every t."""
+    model = _model(CASES[name])
+    inputs = model.to_sequence(_event(model, 1)).requires_grad_(True)
+    conditional = model.conditionals(model.to_event(inputs), _condition(model, 1))
+    values = conditional.log_prob(inputs.detach())[0]
+    jacobian = torch.stack(
+        [torch.autograd.grad(value, inputs, retain_graph=True)[0][0] for value in values]
+    )
+    assert torch.equal(jacobian.triu(), torch.zeros_like(jacobian))
+    assert jacobian.tril(-1).any(), "nothing depends on anything: the test would see no leak"
+
+
+@pytest.mark.parametrize("name", DISCRETE)
+def test_gradients_reach_no_later_id(name: str) -> None:
+    """Ids have no gradient, what they index has: the gradient of log p(x_t | x_<t) in every
+    weight, an embedding's rows among them, is exactly that of a sequence with other ids from
+    t on, for every t. Row t of the batch asks for element t; each with a weight of its own,
+    so that no two leaks cancel."""
     model = _model(CASES[name])
     length = _length(model)
-    x = _event(model, 1)
-    sequence = model.to_sequence(x)
+    sequence = model.to_sequence(_event(model, 1)).expand(length, -1).clone()
+    later = torch.ones_like(sequence, dtype=torch.bool).triu()
     cond = _condition(model, 1)
-    with torch.no_grad():
-        fixed = sequence.clone()
-    if model.config.vocabulary_size is None:
-        for t in range(length):
-            inputs = sequence.clone().requires_grad_(True)
-            value = model.conditionals(model.to_event(inputs), cond).log_prob(fixed)[0, t]
-            if not value.requires_grad:
-                continue
-            (gradient,) = torch.autograd.grad(value, inputs, allow_unused=True)
-            if gradient is not None:
-                assert torch.equal(gradient[0, t:], torch.zeros(length - t))
-        return
-    # Discrete: a value that occurs at later elements only must leave its embedding row, or
-    # any other weight, without a difference in the gradient.
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    for t in {0, 1, length // 2, length - 1}:
-        other = sequence.clone()
-        other[:, t:] = _changed(model, other[:, t:])
-        gradients = [
-            torch.autograd.grad(
-                model.conditionals(model.to_event(given), cond).log_prob(fixed)[0, t],
-                parameters,
-                allow_unused=True,
-            )
-            for given in (sequence, other)
-        ]
-        for first, second in zip(*gradients, strict=True):
-            assert (first is None) == (second is None)
-            if first is not None:
-                assert torch.equal(first, second)
+    cond = None if cond is None else cond.expand(length)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    weights = 0.5 + torch.rand(length)
+
+    def gradients(given: Tensor) -> tuple[Tensor, ...]:
+        nats = model.conditionals(model.to_event(given), cond).log_prob(sequence).diagonal()
+        return torch.autograd.grad((weights * nats).sum(), parameters, materialize_grads=True)
+
+    wanted = gradients(sequence)
+    got = gradients(torch.where(later, _changed(model, sequence), sequence))
+    for parameter, a, b in zip(names, wanted, got, strict=True):
+        assert torch.equal(a, b), parameter
+    # Ids before the element do count: the test sees what there is to be seen.
+    earlier = gradients(torch.where(later, sequence, _changed(model, sequence)))
+    assert any(not torch.equal(a, b) for a, b in zip(wanted, earlier, strict=True))
+
+
+INTEGERS = [
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.uint8,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+]
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@pytest.mark.parametrize("name", DISCRETE)
+@torch.no_grad()
+def test_ids_may_have_any_integer_dtype(name: str, dtype: torch.dtype) -> None:
+    """Shards hold uint8 and uint16, numpy likes int32: the same as int64, to the bit."""
+    model = _model(CASES[name])
+    x, cond = _event(model, 2), _condition(model, 2)
+    cond = None if cond is None else cond.clamp(min=0)
+    short, short_cond = x.to(dtype), None if cond is None else cond.to(dtype)
+    wanted = model.log_prob(x, cond)
+    assert torch.equal(model.log_prob(short, short_cond), wanted)
+    sequence = model.to_sequence(short)
+    assert torch.equal(model.conditionals(short, short_cond).log_prob(sequence), wanted)
+
+    ours, theirs = model.cursor(2, cond), model.cursor(2, short_cond)
+    for first, end in ((0, 1), (1, 4)):
+        block = model.to_sequence(x)[:, first:end]
+        assert torch.equal(
+            theirs.next.log_prob(block[:, 0].to(dtype)), ours.next.log_prob(block[:, 0])
+        )
+        a, b = ours.advance(block), theirs.advance(block.to(dtype))
+        following = model.to_sequence(x)[:, first + 1 : end + 1]
+        assert torch.equal(b.log_prob(following.to(dtype)), a.log_prob(following))
+    with pytest.raises(ValueError, match=f"x holds {model.config.vocabulary_size}"):
+        model.log_prob(torch.full_like(x, model.config.vocabulary_size).to(dtype))
 
 
 SPACES: dict[str, dict[str, Any]] = {
@@ -243,6 +319,7 @@ SPACES: dict[str, dict[str, Any]] = {
     "pixelcnnpp-grey": {"event_shape": (2, 2), "vocabulary_size": 4},
     "wavenet": {"event_shape": (4,), "vocabulary_size": 4},
     "wavenet-discretized-classes": {"event_shape": (4,), "vocabulary_size": 4},
+    "wavenet-local": {"event_shape": (4,), "vocabulary_size": 4},
     "made": {"event_shape": (2, 3)},
     "made-binary-classes": {},
     "made-spiral": {},
