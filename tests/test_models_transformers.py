@@ -122,6 +122,41 @@ def test_their_weights_give_their_logits(name: str, tmp_path: Path) -> None:
     assert _close(torch.cat(steps, dim=1), wanted[..., :size])
 
 
+DOCUMENTS = ((7, 1, 10, 6), (LENGTH,), (1, LENGTH - 1))  # elements of each, a row after the other
+
+
+def _packed(row: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numbers of the documents that a row's elements belong to, and places within them."""
+    lengths = torch.tensor(row)
+    numbers = torch.arange(len(row)).repeat_interleave(lengths)
+    return numbers, torch.cat([torch.arange(length) for length in row])
+
+
+@pytest.mark.parametrize("name", THEIRS)
+@torch.no_grad()
+def test_packed_rows_give_the_logits_of_each_document_alone(name: str, tmp_path: Path) -> None:
+    """No padding on either side: theirs sees one document a call, and then the whole row with
+    positions that begin again."""
+    theirs = _theirs(name)
+    theirs.save_pretrained(tmp_path)
+    ours = load(tmp_path)
+    size = ours.config.vocabulary_size
+    x = torch.randint(size, (len(DOCUMENTS), LENGTH))
+    numbers, places = (torch.stack(rows) for rows in zip(*map(_packed, DOCUMENTS), strict=True))
+    found = ours.conditionals(x, documents=numbers).logits
+    shifted = torch.cat([x[:, :1], x[:, :-1]], dim=1)
+    inputs = torch.where(places == 0, _start(theirs), shifted)
+    for row, lengths in enumerate(DOCUMENTS):
+        alone = [theirs(part[None]).logits[0, :, :size] for part in inputs[row].split(lengths)]
+        assert _close(found[row], torch.cat(alone))
+    # Their masks of Falcon and ImageGPT are not made from positions.
+    if theirs.config.model_type not in ("falcon", "imagegpt"):
+        packed = theirs(inputs, position_ids=places, use_cache=False).logits
+        assert _close(found, packed[..., :size])
+    whole = ours.conditionals(x).logits
+    assert not _close(found[0], whole[0]), "documents change nothing: the test would prove nothing"
+
+
 OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2-debug", {}),
     "gpt2-bos": ("gpt2-debug", {"bos": 5, "tied_embeddings": False, "activation": "gelu"}),
