@@ -1,5 +1,6 @@
 """Any file in, the same file out: forms, fallbacks, damage, other machines."""
 
+import hashlib
 import io
 import json
 import struct
@@ -309,6 +310,33 @@ def test_every_damaged_container_is_refused(tmp_path):
     assert refused > 300
 
 
+@pytest.mark.parametrize("kind", ["bytes", "png"])
+def test_a_container_is_little_more_than_its_streams(tmp_path, kind):
+    """One file: the ideal size, 0.1 % and 64 bytes, beside its name and the model's folder.
+    Many: 18 bytes each, their numbers in the names included."""
+    model, adapter = image_model(1) if kind == "png" else bytes_model()
+    if kind == "png":
+        contents = [png(walk(64, i).reshape(8, 8).astype(np.uint8)) for i in range(100)]
+    else:
+        contents = [walk(400, i).astype(np.uint8).tobytes() for i in range(100)]
+    files = [(f"{i:05d}", data) for i, data in enumerate(contents)]
+    folder = "runs/some-pipeline/model"
+    for some, room in ((files[:1], 64 + len(files[0][0]) + len(folder)), (files, 18 * len(files))):
+        header, streams, reports = pack(model, adapter, some, Layout())
+        assert {report.how.partition(" ")[0] for report in reports} == {"model"}
+        header["model"] = {"fingerprint": hashlib.sha256(b"m").hexdigest(), "folder": folder}
+        size = container.write(tmp_path / "x.cr", header, streams)
+        assert size == (tmp_path / "x.cr").stat().st_size
+        assert size <= sum(report.ideal_bytes for report in reports) * 1.001 + room
+        assert unpack(container.read(tmp_path / "x.cr"), model, adapter) == some
+
+
+def test_an_older_container_is_refused_by_its_format(tmp_path):
+    (tmp_path / "old.cr").write_bytes(b"\x89CRL\r\n\x1a\n" + bytes(100))
+    with pytest.raises(ContainerError, match="container format 1; this version reads 2"):
+        container.read(tmp_path / "old.cr")
+
+
 def rewritten(path, change):
     """A container whose header was changed by someone who can compute a checksum."""
     found = container.read(path)
@@ -335,6 +363,10 @@ def rewritten(path, change):
         lambda h: h["files"][0].update(stream=50),
         lambda h: h["files"][0].update(form="executable"),
         lambda h: h["files"][0].update(sha256="0" * 64),
+        lambda h: h["files"][0].update(sha256=""),
+        lambda h: h.update(originals="0" * 64),
+        lambda h: h["contract"].update(threads=0),
+        lambda h: h["contract"].update(threads=10**9),
         lambda h: h["files"][1].update(length=10),
         lambda h: h["files"][1].update(how="raw"),
         lambda h: h["files"][1].update(how="model"),

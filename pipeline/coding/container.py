@@ -3,11 +3,11 @@
     magic (4) | format (1) | size of the header | header | digests | streams | sha256, cut (8)
 
 Everything but the streams is kept small, since a picture of MNIST has 90 bytes of stream: the
-header is JSON under zstd with the usual words known beforehand (`header_words.json`), its
-lists of files are columns, its digests are bytes of their own, cut to what tells accidents
-apart. The size is a LEB128 number. The last 8 bytes are of the sha256 of everything before
-them, so a damaged or truncated container is refused before anything in it is believed. The
-header says:
+header is JSON under deflate (which has no frame of its own) with the usual words known
+beforehand (`header_words.json`), its lists of files are columns, its digests are bytes of
+their own, cut to what tells accidents apart. The size is a LEB128 number. The last 8 bytes
+are of the sha256 of everything before them, so a damaged or truncated container is refused
+before anything in it is believed. The header says:
 
     model      fingerprint, and the folder it was read from (a hint for `decompress`)
     contract   what the floats of the encoder depended on: dtype, device kind, versions of the
@@ -25,6 +25,7 @@ import hashlib
 import importlib.resources
 import json
 import os
+import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -36,10 +37,10 @@ MAGIC = b"\x89CRL"
 FORMAT = 2
 FORMAT_1 = b"\r"
 """What format 1 had where the format stands since."""
-ZSTD = b"\x28\xb5\x2f\xfd"
 CHECKSUM = 8
-DIGESTS = {"fingerprint": 8, "sha256": 4, "restored": 4, "originals": 8}
-"""Bytes that are kept of each: 4 tell one file from a wrong one, `originals` all of them."""
+DIGESTS = {"fingerprint": 8, "sha256": 4, "restored": 4, "originals": 4}
+"""Bytes that are kept of each. A file that came back wrong is found by its own four or by the
+four of all."""
 LARGEST_HEADER = 1 << 28
 """Bytes of JSON a header may unfold to: guards against a small file that claims the world."""
 
@@ -81,10 +82,8 @@ def write(path: Path, header: dict[str, Any], streams: list[bytes]) -> int:
     digests: list[bytes] = []
     short = _to_columns(_take_digests(header, digests))
     text = json.dumps(short, separators=(",", ":"), allow_nan=False).encode()
-    folded = zstandard.ZstdCompressor(dict_data=_words(), compression_params=_frame()).compress(
-        text
-    )
-    packed = folded.removeprefix(ZSTD)
+    deflate = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zdict=_words())
+    packed = deflate.compress(text) + deflate.flush()
     total = hashlib.sha256()
     size = 0
     with open(path, "wb") as file:
@@ -130,12 +129,10 @@ def parse(path: Path, data: bytes) -> Container:
     try:
         size, start = _read_leb128(body, len(MAGIC) + 1)
         stop = start + size
-        packed = ZSTD + body[start:stop]
-        if zstandard.frame_content_size(packed) > LARGEST_HEADER:
-            raise ValueError("it claims to be too large")
-        text = zstandard.ZstdDecompressor(dict_data=_words()).decompress(
-            packed, max_output_size=LARGEST_HEADER
-        )
+        inflate = zlib.decompressobj(-15, zdict=_words())
+        text = inflate.decompress(body[start:stop], LARGEST_HEADER)
+        if not inflate.eof:
+            raise ValueError("it does not end, or is too large")
         header = _from_columns(json.loads(text))
         stop = _give_digests(header, body, stop)
         sizes = header["sizes"]
@@ -147,7 +144,7 @@ def parse(path: Path, data: bytes) -> Container:
         TypeError,
         AttributeError,
         RecursionError,
-        zstandard.ZstdError,
+        zlib.error,
     ) as error:
         raise ContainerError(f"{path}: its header cannot be read ({error})") from None
     if stop + sum(sizes) != len(body):
@@ -160,17 +157,9 @@ def parse(path: Path, data: bytes) -> Container:
 
 
 @lru_cache(maxsize=1)
-def _words() -> zstandard.ZstdCompressionDict:
+def _words() -> bytes:
     source = importlib.resources.files("chainrule.pipeline.coding").joinpath("header_words.json")
-    return zstandard.ZstdCompressionDict(
-        source.read_bytes(), dict_type=zstandard.DICT_TYPE_RAWCONTENT
-    )
-
-
-def _frame() -> zstandard.ZstdCompressionParameters:
-    return zstandard.ZstdCompressionParameters.from_level(
-        19, write_content_size=1, write_checksum=0, write_dict_id=0
-    )
+    return source.read_bytes()
 
 
 def _take_digests(value: Any, digests: list[bytes]) -> Any:
@@ -179,7 +168,7 @@ def _take_digests(value: Any, digests: list[bytes]) -> Any:
         return [_take_digests(item, digests) for item in value]
     if not isinstance(value, dict):
         return value
-    result = {}
+    result: dict[str, Any] = {}
     for key in sorted(value):
         item = value[key]
         kept = 2 * DIGESTS.get(key, 0)
