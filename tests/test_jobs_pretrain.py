@@ -439,6 +439,10 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tmp_path, tex
         ({"model": "gpt-2"}, "unknown preset 'gpt-2'; did you mean 'gpt2'"),
         ({"model": {"family": "lama"}}, "unknown family 'lama'; did you mean 'llama'"),
         ({"model": {"layers": 2}}, "give a 'preset' or a 'family'"),
+        (
+            {"model": {"preset": "wavenet-debug", "local_width": 80, "local_hop": 4}},
+            "local_width 80: token artifacts hold no local features, .* use from Python",
+        ),
         ({"accumulate": 5}, "batch_size 12 does not divide by accumulate 5"),
         ({"steps": 0}, "greater than or equal to 1"),
         *(

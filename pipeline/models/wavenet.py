@@ -6,7 +6,8 @@ layer to layer (section 2.1), a softmax over mu-law values (2.2), gated units (e
 and skip paths (figure 4), global conditioning on a class and local conditioning on features
 at a lower rate, learned up to the samples' rate by a transposed convolution (2.5, eq. 3).
 Mixtures of logistics as in Parallel WaveNet (van den Oord et al. 2017, section 2), and
-Gaussians as in ClariNet (Ping et al. 2018, section 3.1), are heads.
+Gaussians as in ClariNet (Ping et al. 2018, section 3.1), are heads. Local features are given
+from Python (`local=`): token artifacts hold none, so the jobs refuse `local_width`.
 
 The input layer is 1x1, so k layers that double from 1 see exactly 2^k samples, as in figure 3
 (the paper's code has one more convolution of 2 below them).

@@ -13,7 +13,8 @@ from chainrule.pipeline.models.registry import FAMILIES, PRESETS, resolve
 
 
 def known_model(spec: str | dict[str, Any]) -> str | dict[str, Any]:
-    """`spec` again; ValueError where its preset or family does not exist."""
+    """`spec` again; ValueError where its preset or family does not exist, or where it asks for
+    what no token artifact holds."""
     from chainrule.pipeline.config import nearest
 
     name = spec if isinstance(spec, str) else spec.get("preset")
@@ -25,6 +26,11 @@ def known_model(spec: str | dict[str, Any]) -> str | dict[str, Any]:
             raise ValueError("give a 'preset' or a 'family'")
         if family not in FAMILIES:
             raise ValueError(f"unknown family '{family}'{nearest(str(family), list(FAMILIES))}")
+    if isinstance(spec, dict) and spec.get("local_width") is not None:
+        raise ValueError(
+            f"local_width {spec['local_width']}: token artifacts hold no local features, so that "
+            "local conditioning is for use from Python; leave it out"
+        )
     return spec
 
 
