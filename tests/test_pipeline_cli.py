@@ -1,0 +1,33 @@
+"""The command itself, before any of its commands."""
+
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from chainrule.pipeline import cli
+
+PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+
+
+def test_the_version_is_printed_and_nothing_else_happens() -> None:
+    command = [sys.executable, "-m", "chainrule.pipeline", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"chainrule {cli._version()}\n"
+
+
+def test_the_version_is_the_package_s_or_else_the_checkout_s(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(metadata, "version", lambda name: f"7 of {name}")
+    assert cli._version() == "7 of chainrule"
+
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    assert cli._version() == PROJECT["version"]
