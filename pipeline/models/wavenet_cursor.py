@@ -71,7 +71,6 @@ class WaveNetCursor(CachedCursor):
         older = convolutions.shape[2] - width
         self.older_weights = convolutions[:, :, :older].transpose(1, 2).contiguous()
         own_weights = convolutions[:, :, older:].transpose(1, 2).contiguous()
-        self.own_weights = own_weights.unbind()
         residuals = [layer.paths.bias[:width] for layer in self.layers[:-1]]
         self.drift = torch.stack([torch.zeros_like(model.start), *residuals]).cumsum(0).unsqueeze(1)
         biases = [
@@ -87,13 +86,32 @@ class WaveNetCursor(CachedCursor):
             [list(range(layer.reach, 0, -layer.dilation)) for layer in self.layers],
             device=model.start.device,
         )
-        self.residual_weights = [
+        residual_weights = [
             (layer.paths.weight[:width].T * 0.5).contiguous() for layer in self.layers[:-1]
         ]
         skips = [layer.paths.weight[layer.residual_width :] * 0.5 for layer in self.layers]
         self.skip_weights = torch.cat(skips, dim=1)
         biases = [layer.paths.bias[layer.residual_width :] for layer in self.layers]
         self.skip_bias = torch.stack(biases).sum(0)
+        # What a step writes and reads again, with the views of each layer cut once: at a batch
+        # of 1 a view costs as much as the product it is for.
+        count = len(self.layers)
+        self.maps = self.constants.new_empty(count, self.batch, 2 * gate_width)
+        self.inputs = self.constants.new_empty(count, self.batch, width)
+        self.units = self.constants.new_empty(self.batch, count * gate_width)
+        filtered, gated = self.maps.chunk(2, dim=-1)
+        self.steps = list(
+            zip(
+                self.maps.unbind(),
+                filtered.unbind(),
+                gated.unbind(),
+                self.units.split(gate_width, dim=1),
+                self.inputs.unbind(),
+                own_weights.unbind(),
+                [*zip(self.inputs[1:].unbind(), residual_weights, strict=True), None],
+                strict=True,
+            )
+        )
 
     def _write(self, first: int, x: Tensor) -> None:
         self.known[:, first : first + x.shape[1]] = x
@@ -142,22 +160,20 @@ class WaveNetCursor(CachedCursor):
         sizes, offsets = self.sizes, self.offsets
         older = offsets.unsqueeze(1) + torch.remainder(step - self.back, sizes.unsqueeze(1))
         taps = self.rings[older].transpose(1, 2).flatten(2)  # (layers, B, (K - 1) C)
-        maps = torch.baddbmm(self.constants, taps, self.older_weights)
+        torch.baddbmm(self.constants, taps, self.older_weights, out=self.maps)
         if self.local is not None and self.local_weights is not None:
-            maps = maps + self.local[step] @ self.local_weights
-        h = self._inputs(step, step + 1)[0]  # without the drift, from the second layer on
-        inputs, units = [h], []
-        for i, so_far in enumerate(maps.unbind()):
-            filtered, gated = torch.addmm(so_far, h, self.own_weights[i]).tanh_().chunk(2, dim=-1)
-            unit = torch.addcmul(filtered, filtered, gated)
-            units.append(unit)
-            if i < len(self.residual_weights):
-                h = torch.addmm(h, unit, self.residual_weights[i])
-                inputs.append(h)
+            self.maps += self.local[step] @ self.local_weights
+        self.inputs[0] = self._inputs(step, step + 1)[0]
+        for maps, filtered, gated, unit, h, own_weight, residual in self.steps:
+            maps.addmm_(h, own_weight).tanh_()
+            torch.addcmul(filtered, filtered, gated, out=unit)
+            if residual is not None:
+                following, weight = residual
+                torch.addmm(h, unit, weight, out=following)  # without the drift
         places = offsets + torch.remainder(step, sizes)
-        self.rings[places] = torch.stack(inputs) + self.drift
+        self.rings[places] = self.inputs + self.drift
         self.evaluated = max(self.evaluated, step + 1)
-        return F.linear(torch.cat(units, dim=-1), self.skip_weights, self.skip_bias)
+        return F.linear(self.units, self.skip_weights, self.skip_bias)
 
     @property
     def nbytes(self) -> int:
