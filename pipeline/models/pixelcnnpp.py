@@ -260,9 +260,10 @@ class PixelCNNpp(RasterModel):
         embedded: Tensor = self.classes(cond, batch)
         return embedded.chunk(self.resnets, dim=1)
 
-    def couple(self, parameters: Tensor, pixels: Tensor) -> Tensor:
+    def couple(self, parameters: Tensor, pixels: Tensor, wanted: int | None = None) -> Tensor:
         """A pixel's parameters (B, n, .) and its values (B, n, C) to the parameters of each
-        channel's own conditional given the channels before it, (B, n*C, 3K)."""
+        channel's own conditional given the channels before it, (B, n*C, 3K). With `wanted`,
+        of the first so many channels only."""
         channels, k = self.channels, self.components
         if channels == 1:
             return parameters
@@ -274,13 +275,14 @@ class PixelCNNpp(RasterModel):
         values = intensity(pixels, self.config.vocabulary_size).unsqueeze(-1)
         conditionals = []
         pair = 0
-        for channel in range(channels):
+        count = channels if wanted is None else wanted
+        for channel in range(count):
             mean, log_scale = means[..., channel, :], log_scales[..., channel, :]
             for earlier in range(channel):
                 mean = mean + coefficients[..., pair, :] * values[..., earlier, :]
                 pair += 1
             conditionals.append(torch.cat([weights, mean, log_scale], dim=-1))
-            if channel + 1 < channels:
+            if channel + 1 < count:
                 # Bayes: the components that explain this channel weigh more for the next.
                 weights = weights + discretized_logistic_log_prob(
                     pixels[..., channel, None],

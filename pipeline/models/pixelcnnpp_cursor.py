@@ -254,7 +254,12 @@ class PixelCNNppCursor(CachedCursor):
                 self._begin_row(row)
             self._evaluate(row, columns)
             self.evaluated += len(columns)
-        coupled = self.model.couple(self.parameters[:, wanted], self.values[:, wanted])
+        one = wanted.stop - wanted.start == 1  # whose later channels nobody asks for yet
+        coupled = self.model.couple(
+            self.parameters[:, wanted],
+            self.values[:, wanted],
+            end - wanted.start * channels if one else None,
+        )
         return coupled[:, first - wanted.start * channels :][:, : end - first]
 
     def _begin_row(self, row: int) -> None:
