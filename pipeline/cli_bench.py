@@ -66,16 +66,23 @@ def train(
 
 @bench.command()
 def cursor(
-    family: Annotated[list[str] | None, typer.Option(help="Which families.")] = None,
+    family: Annotated[
+        list[str] | None, typer.Option(help="Which families; wavenet-4000, pixelcnnpp-32.")
+    ] = None,
     side: Annotated[list[int] | None, typer.Option(help="Sides of the pictures.")] = None,
     evaluations: Annotated[int, typer.Option(min=1)] = 5,
     batch: Annotated[int, typer.Option(min=1)] = 1,
     device: DeviceOption = "cpu",
 ) -> None:
-    """An element through the cursor against evaluating the whole network for it."""
+    """An element through the cursor against evaluating the whole network for it.
+
+    `event`: the naive loop evaluates the whole network over the whole event for each element
+    (over all 4,000 samples, 4,000 times); `known`: over what is known so far alone.
+    wavenet-4000 and pixelcnnpp-32 have their own sizes, `--side` is not theirs.
+    """
     from chainrule.pipeline.models import bench as models
 
-    families = _chosen("family", family, models.CURSORS)
+    families = _chosen("family", family, (*models.CURSORS, *models.CASES))
     _print(models.cursor(families, side or (8, 16, 32), evaluations, batch, device))
 
 

@@ -1,7 +1,12 @@
 """The benchmarks time what they say: the same loss on both sides, every family's cursor."""
 
-import pytest
+import math
+from typing import Any
 
+import pytest
+import torch
+
+from chainrule.pipeline import build
 from chainrule.pipeline.models import bench
 
 TINY = {"layers": 1, "heads": 2, "width": 16, "context": 8, "vocabulary_size": 11}
@@ -34,9 +39,49 @@ def test_times_are_compared_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bench._turns(lambda: None, lambda: None, 3) == (2.0, 6.0, 3.0)
 
 
+def _is_consistent(row: dict[str, Any]) -> None:
+    assert row["ratio event"] == pytest.approx(row["event ms"] / row["cursor ms"])
+    assert row["cursor/s"] == pytest.approx(2e3 / row["cursor ms"])
+    assert row["event/s"] == pytest.approx(2e3 / row["event ms"])
+    if row["known ms"] is None:
+        assert row["ratio known"] is None
+    else:
+        assert row["ratio known"] == pytest.approx(row["known ms"] / row["cursor ms"])
+    assert row["cache KB"] > 0
+
+
 @pytest.mark.parametrize("family", bench.CURSORS)
 def test_every_cursor_is_timed_at_its_length(family: str) -> None:
-    (row,) = bench.cursor([family], sides=[4], evaluations=1)
+    (row,) = bench.cursor([family], sides=[4], evaluations=1, batch=2)
     assert row["elements"] == (48 if family == "pixelcnnpp" else 16)
-    assert row["ratio"] == pytest.approx(row["network ms"] / row["cursor ms"])
-    assert row["cache KB"] > 0
+    sequence = family in ("gpt2", "llama", "mistral", "falcon", "wavenet")
+    assert (row["known ms"] is not None) == sequence
+    _is_consistent(row)
+
+
+def test_a_case_of_its_own_size_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = {name: math.prod(spec["event_shape"]) for name, spec in bench.CASES.items()}
+    assert lengths == {"wavenet-4000": 4000, "pixelcnnpp-32": 3 * 32 * 32}
+    monkeypatch.setitem(
+        bench.CASES, "wavenet-4000", {"preset": "wavenet-debug", "event_shape": (40,)}
+    )
+    (row,) = bench.cursor(["wavenet-4000"], sides=[4, 8], evaluations=1, batch=2)
+    assert (row["family"], row["elements"]) == ("wavenet-4000", 40)
+    _is_consistent(row)
+
+
+def test_the_naive_loops_evaluate_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole event at each place, and the elements before the place, while the walk waits."""
+    asked: list[tuple[int, ...]] = []
+
+    def evaluation(model: object, x: torch.Tensor) -> float:
+        asked.append(tuple(x.shape))
+        return 1.0
+
+    monkeypatch.setattr(bench, "_evaluation", evaluation)
+    model = build("wavenet-debug", event_shape=(16,)).eval()
+    with torch.no_grad():
+        cached, event, known = bench._walk(model, torch.zeros(3, 16, dtype=torch.long), 2)
+    assert asked == [(3, 16), (3, 4), (3, 16), (3, 12)]
+    assert (event, known) == (1.0, 1.0)
+    assert 0 < cached < 1
