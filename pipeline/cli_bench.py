@@ -67,7 +67,7 @@ def train(
 @bench.command()
 def cursor(
     family: Annotated[
-        list[str] | None, typer.Option(help="Which families; wavenet-4000, pixelcnnpp-32.")
+        list[str] | None, typer.Option(help="Which families; wavenet-4000, pixelcnnpp-32, …-paper.")
     ] = None,
     side: Annotated[list[int] | None, typer.Option(help="Sides of the pictures.")] = None,
     evaluations: Annotated[int, typer.Option(min=1)] = 5,
@@ -78,7 +78,7 @@ def cursor(
 
     `event`: the naive loop evaluates the whole network over the whole event for each element
     (over all 4,000 samples, 4,000 times); `known`: over what is known so far alone.
-    wavenet-4000 and pixelcnnpp-32 have their own sizes, `--side` is not theirs.
+    wavenet-4000, pixelcnnpp-32 and pixelcnnpp-32-paper have their own sizes, `--side` is not theirs.
     """
     from chainrule.pipeline.models import bench as models
 

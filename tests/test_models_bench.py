@@ -61,7 +61,12 @@ def test_every_cursor_is_timed_at_its_length(family: str) -> None:
 
 def test_a_case_of_its_own_size_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths = {name: math.prod(spec["event_shape"]) for name, spec in bench.CASES.items()}
-    assert lengths == {"wavenet-4000": 4000, "pixelcnnpp-32": 3 * 32 * 32}
+    picture = 3 * 32 * 32
+    assert lengths == {
+        "wavenet-4000": 4000,
+        "pixelcnnpp-32": picture,
+        "pixelcnnpp-32-paper": picture,
+    }
     monkeypatch.setitem(
         bench.CASES, "wavenet-4000", {"preset": "wavenet-debug", "event_shape": (40,)}
     )

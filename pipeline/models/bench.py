@@ -177,6 +177,7 @@ CASES: dict[str, dict[str, Any]] = {
     # one size each: a quarter of a second at 16 kHz, and a picture of CIFAR-10's size
     "wavenet-4000": {"preset": "wavenet", "event_shape": (4000,)},
     "pixelcnnpp-32": {"preset": "pixelcnnpp-small", "event_shape": (3, 32, 32)},
+    "pixelcnnpp-32-paper": {"preset": "pixelcnnpp-cifar10", "event_shape": (3, 32, 32)},
 }
 
 
