@@ -78,7 +78,7 @@ def cursor(
 
     `event`: the naive loop evaluates the whole network over the whole event for each element
     (over all 4,000 samples, 4,000 times); `known`: over what is known so far alone.
-    wavenet-4000, pixelcnnpp-32 and pixelcnnpp-32-paper have their own sizes, `--side` is not theirs.
+    wavenet-4000, pixelcnnpp-32 and pixelcnnpp-32-paper have sizes of their own: no `--side`.
     """
     from chainrule.pipeline.models import bench as models
 
