@@ -37,7 +37,7 @@ from chainrule.pipeline.sampling.request import (
     settle,
     vocabulary_size,
 )
-from chainrule.pipeline.sampling.sampler import Drawn, SamplingError, draw
+from chainrule.pipeline.sampling.sampler import Drawn, SamplingError, draw, same_in_any_batch
 from chainrule.pipeline.sampling.speculative import Statistics, speculate
 from chainrule.pipeline.sampling.store import Layout, Store
 from chainrule.pipeline.sampling.text import cut_at
@@ -145,6 +145,8 @@ class Work:
             given = stage.optional(role)
             if given is not None:
                 settings[f"input {role}"] = _identity(given)
+        if config.dtype != "float32" and not same_in_any_batch(source.model):
+            settings["rows drawn together"] = together(config)
         store = Store.start(
             stage.folder,
             model=source.card["fingerprint"],
@@ -181,7 +183,7 @@ class Work:
         up (with samples that are thrown away), so that neither ranks nor resuming change a bit.
         """
         config, model = self.config, self.source.model
-        rows = min(config.batch_size, config.number, config.samples_per_shard)
+        rows = together(config)
         wanted = list(indices)
         plan = self.request.plan(wanted + [wanted[-1]] * (rows - len(wanted)))
         if self.draft is None:
@@ -211,6 +213,11 @@ class Work:
             difference = self.source.model.log_prob(x, cond) - exact.log_prob(x, cond)
         counts = torch.arange(difference.shape[1]) < lengths.unsqueeze(1)
         return float(difference.cpu()[counts].double().mean()) / math.log(2)
+
+
+def together(config: Config) -> int:
+    """Rows of each batch: `batch_size`, or all of a shard."""
+    return min(config.batch_size, config.number, config.samples_per_shard)
 
 
 def _identity(given: Artifact) -> str:

@@ -19,6 +19,7 @@ from chainrule.jobs import sample
 from chainrule.jobs.sample import Config, main, open_source, sample_folder, settle
 from chainrule.pipeline import build, load
 from chainrule.pipeline.artifact import Artifact, ArtifactError, LineageError
+from chainrule.pipeline.models import native_steps
 from chainrule.pipeline.models.folder import save
 from chainrule.pipeline.sampling.sampler import SamplingError
 from chainrule.pipeline.sampling.store import Store, StoreError
@@ -145,6 +146,42 @@ def test_sample_17_is_the_same_however_it_is_drawn(pictures: Path, tmp_path: Pat
     np.testing.assert_array_equal(one, more[:30])
     other = tokens("other", Config(**settings, seed=1))
     assert (one != other).any(axis=(1, 2)).all()
+
+
+@pytest.mark.skipif(native_steps.load() is None, reason="no C compiler here")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("preset", ["gpt2-debug", "mistral-debug"])
+def test_sample_17_is_the_same_in_every_dtype(preset: str, dtype: str, tmp_path: Path) -> None:
+    """Prompts of many lengths, alone and in company: not a bit of the likelihoods moves."""
+    window = {"window": 20} if preset == "mistral-debug" else {}
+    shape = {"vocabulary_size": 258, "context": 120, "layers": 2}
+    model = hand_off(tmp_path / "model", build(preset, seed=0, **shape, **window), ByteTokenizer())
+    settings: dict[str, Any] = {
+        "number": 40,
+        "prompts": ["a", "def f(x):", "x" * 30, "y" * 70],
+        "length": 24,
+        "dtype": dtype,
+    }
+    found = []
+    for batch_size in (1, 3, 40):
+        folder = tmp_path / str(batch_size)
+        store = Store.open(sample_folder(model, folder, Config(**settings, batch_size=batch_size)))
+        found.append([store.read(name) for name in ("tokens", "length", "log_likelihood")])
+    for other in found[1:]:
+        for one, same in zip(found[0], other, strict=True):
+            np.testing.assert_array_equal(one, same)
+
+
+def test_where_rounding_depends_on_the_batch_its_size_is_a_setting(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CHAINRULE_NATIVE", "0")
+    settings: dict[str, Any] = {"number": 6, "samples_per_shard": 3, "dtype": "bfloat16"}
+    sample.part(Config(**settings, batch_size=1), stage_for(tmp_path, pictures), 0, 2)
+    with pytest.raises(StoreError, match="rows drawn together = 1, asked for 3"):
+        sample_folder(pictures, tmp_path, Config(**settings))
+    sample_folder(pictures, tmp_path, Config(**settings, batch_size=1))
+    assert Store.open(tmp_path).header["settings"]["rows drawn together"] == 1
 
 
 def test_classes_by_name_and_guidance(pictures: Path, tmp_path: Path) -> None:

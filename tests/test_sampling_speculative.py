@@ -15,6 +15,8 @@ from torch import Tensor
 
 from chainrule.pipeline import build
 from chainrule.pipeline.models.contract import Autoregressive
+from chainrule.pipeline.models.kv_cache import DecoderCursor
+from chainrule.pipeline.models.ragged import RaggedCursor
 from chainrule.pipeline.sampling.drafts import (
     Draft,
     ModelDraft,
@@ -96,10 +98,10 @@ def constant(token: int) -> Stub:
     return Stub(lambda row, known, n: [token] * n)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "mistral"])
 @pytest.mark.parametrize("rows", [1, 5])
 def test_greedy_equals_plain_greedy(family: str, rows: int) -> None:
-    model = decoder(40, 20, family=family)
+    model = decoder(40, 20, family=family, **({"window": 7} if family == "mistral" else {}))
     drafts: list[Draft] = [
         ModelDraft(decoder(40, 20, seed=1, family=family)),
         ModelDraft(first_layers(model, 1)),
@@ -116,6 +118,44 @@ def test_greedy_equals_plain_greedy(family: str, rows: int) -> None:
             drawn, _ = speculate(model, draft, whole, rules, gamma)
             torch.testing.assert_close(drawn.x, plain.x, rtol=0, atol=0)
             np.testing.assert_allclose(drawn.log_likelihood, plain.log_likelihood, rtol=1e-5)
+
+
+@pytest.mark.parametrize("in_c", [True, False])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_with_a_window_going_back_costs_nothing(
+    rows: int, in_c: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Greedy, a draft that is never right: every round is fed once, whatever the ring holds."""
+    if not in_c:
+        monkeypatch.setenv("CHAINRULE_NATIVE", "0")
+    model = decoder(300, 11, family="mistral", window=16)
+    prompts = [[row] * (1 + 90 * row) for row in range(rows)]
+    known, given = pack_prompts(prompts)
+    rules = Rules(Filters(temperature=0))
+    whole = plan(rows, 300, known=known, given=given)
+    plain = draw(model, whole, rules)
+    wrong = Stub(lambda row, held, n: ((plain.x[row, len(held) : len(held) + n] + 1) % 11).tolist())
+    fed = []
+
+    def counted(feed):  # type: ignore[no-untyped-def]
+        def noted(self, first, end):  # type: ignore[no-untyped-def]
+            found = feed(self, first, end)
+            fed.append(found.shape[1])
+            return found
+
+        return noted
+
+    for cursor in (DecoderCursor, RaggedCursor):
+        monkeypatch.setattr(cursor, "_feed", counted(cursor._feed))
+    drawn, statistics = speculate(model, wrong, whole, rules, FIXED)
+    torch.testing.assert_close(drawn.x, plain.x, rtol=0, atol=0)
+    np.testing.assert_allclose(drawn.log_likelihood, plain.log_likelihood, rtol=1e-5)
+    assert statistics.accepted == 0
+    longest = max(len(prompt) for prompt in prompts)
+    # Two starts, the prompts, and a round of four for each of the longest row's elements.
+    assert sum(fed) <= 2 + longest + 4 * 300
+    good, _ = speculate(model, ModelDraft(first_layers(model, 1)), whole, rules, Gamma(most=6))
+    torch.testing.assert_close(good.x, plain.x, rtol=0, atol=0)
 
 
 def exact_pmf(model: Autoregressive, size: int, length: int, rules: Rules) -> dict[tuple, float]:
