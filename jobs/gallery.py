@@ -10,7 +10,8 @@ raw data); where a link is missing, the page says so and shows the rest.
 import base64
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from chainrule.jobs.sample import open_source
 from chainrule.pipeline.artifact import MANIFEST, Artifact, ArtifactError
 from chainrule.pipeline.data.reader import Shards
 from chainrule.pipeline.data.tokens import TokenSet
-from chainrule.pipeline.sampling.memory import Neighbours, copied, nearest
+from chainrule.pipeline.sampling.memory import copied, nearest
 from chainrule.pipeline.sampling.request import Source
 from chainrule.pipeline.sampling.store import Store
 
@@ -31,7 +32,8 @@ TEMPLATE = Path(__file__).parents[1] / "pipeline" / "gallery_template.html"
 SHOWN = 300
 """Samples of a stage that the page holds."""
 TRAINING_PICTURES = 20_000
-"""Training pictures that neighbours are looked for among: the first so many."""
+"""Training pictures that neighbours are looked for among, from all over the training sets: each
+has to be decoded. The page says how many there are."""
 VALIDATION_PICTURES = 200
 BATCH = 50
 
@@ -74,7 +76,7 @@ def stage_data(artifact: Artifact, root: Path) -> dict[str, Any]:
     """What the page knows of one sample stage."""
     store = Store.open(artifact.folder)
     config = yaml.safe_load((artifact.folder / "config.yaml").read_text())
-    source = open_source(_input(artifact, "model", root).folder, "cpu")
+    source = open_source(_inputs(artifact, "model", root)[0].folder, "cpu")
     number = min(store.number, SHOWN)
     tokens = store.read("tokens")[:number]
     lengths = store.read("length")[:number]
@@ -145,58 +147,82 @@ def _pictures(
     root: Path,
     tokens: np.ndarray,
 ) -> None:
-    images = store.read("images")[: len(tokens)]
+    images = store.read("images", range(len(tokens)))
     for i, sample in enumerate(data["samples"]):
         sample["picture"] = _uri(images[i])
         sample["tokens"] = tokens[i].tolist()
-    training_tokens = _training_tokens(artifact, root)
-    if training_tokens is None:
+    folders = _training_tokens(artifact, root)
+    if not folders:
         data["neighbours"] = "the training tokens are not in this run folder"
         return
-    training, of_training, labels = _decoded(source, training_tokens, "train", TRAINING_PICTURES)
-    validation, _, _ = _decoded(source, training_tokens, "validation", VALIDATION_PICTURES)
-    found = nearest(images, training)
-    if len(validation):
-        real = nearest(validation, training, 1).distance[:, 0]
-        data["real"] = {"median": float(np.median(real)), "least": float(real.min())}
-    shown = sorted({int(i) for i in found.index.ravel()})
-    data["training"] = {str(i): _uri(training[i]) for i in shown}
-    _note_neighbours(data, found, tokens, of_training, labels)
-    data["among"] = len(training)
-
-
-def _note_neighbours(
-    data: dict[str, Any],
-    found: Neighbours,
-    tokens: np.ndarray,
-    of_training: np.ndarray,
-    labels: Sequence[str | None],
-) -> None:
+    training = _Pictures.of(source, folders, "train", TRAINING_PICTURES)
+    if not training.places:
+        data["neighbours"] = "the model's training tokens are not of its tokenizer"
+        return
+    validation = _Pictures.of(source, folders, "validation", VALIDATION_PICTURES)
+    real = [part for part, _, _ in validation.parts()]
+    found = nearest(np.concatenate([images, *real]), (part for part, _, _ in training.parts()))
+    if real:
+        distances = found.distance[len(images) :, 0]
+        data["real"] = {"median": float(np.median(distances)), "least": float(distances.min())}
+    data["among"], data["trained_on"] = len(training.places), training.total
+    data["training"] = {}
+    near: dict[int, tuple[np.ndarray, str | None]] = {}
+    for j in sorted({int(j) for j in found.index[: len(images)].ravel()}):
+        (picture,), (of_training,), (name,) = training.part([training.places[j]])
+        data["training"][str(j)] = _uri(picture)
+        near[j] = of_training, name
     for i, sample in enumerate(data["samples"]):
         sample["near"] = [
             {
                 "training": int(j),
-                "class": labels[j],
+                "class": near[int(j)][1],
                 "distance": round(float(d), 2),
-                "same": float((tokens[i] == of_training[j]).mean()),
+                "same": float((tokens[i] == near[int(j)][0]).mean()),
             }
             for j, d in zip(found.index[i], found.distance[i], strict=True)
         ]
 
 
-def _decoded(
-    source: Source, folder: Path, split: str, most: int
-) -> tuple[np.ndarray, np.ndarray, list[str | None]]:
-    """Pictures of a split as the tokenizer gives them back, their tokens and class names."""
-    found = TokenSet.open(folder, split)
-    rows = [found[i] for i in found.shards.spread(split, most)]
-    if not rows:
-        return np.zeros((0,)), np.zeros((0,)), []
-    tokens = np.stack([row[0] for row in rows])
-    pictures: list[np.ndarray] = []
-    for start in range(0, len(rows), BATCH):
-        pictures += source.tokenizer.decode(list(tokens[start : start + BATCH]))
-    return np.stack(pictures), tokens, [row[1].get("class") for row in rows]
+Part = tuple[np.ndarray, np.ndarray, list[str | None]]
+"""Pictures (n, H, W, C) as the tokenizer gives them back, their tokens and class names."""
+
+
+@dataclass
+class _Pictures:
+    """Pictures of a split from all over several token sets, decoded a few at a time."""
+
+    source: Source
+    sets: list[TokenSet]
+    places: list[tuple[int, int]]
+    """(set, sample) of each."""
+    total: int
+    """Pictures that the sets hold in all."""
+
+    @classmethod
+    def of(cls, source: Source, folders: Sequence[Path], split: str, most: int) -> "_Pictures":
+        """About `most` of the pictures of those sets that are of the model's tokenizer."""
+        held = [f for f in folders if Shards.open(f).count(split)]
+        sets = [TokenSet.open(folder, split) for folder in held]
+        sets = [s for s in sets if s.tokenizer_fingerprint == source.tokenizer.fingerprint]
+        total = sum(len(s) for s in sets)
+        share = min(1.0, most / max(total, 1))
+        places = [
+            (number, i)
+            for number, found in enumerate(sets)
+            for i in found.shards.spread(split, max(1, round(share * len(found))))
+        ]
+        return cls(source, sets, places, total)
+
+    def part(self, places: Sequence[tuple[int, int]]) -> Part:
+        rows = [self.sets[number][i] for number, i in places]
+        tokens = np.stack([row[0] for row in rows])
+        pictures = np.stack(self.source.tokenizer.decode(list(tokens)))
+        return pictures, tokens, [row[1].get("class") for row in rows]
+
+    def parts(self) -> Iterator[Part]:
+        for start in range(0, len(self.places), BATCH):
+            yield self.part(self.places[start : start + BATCH])
 
 
 def _uri(picture: np.ndarray) -> str:
@@ -226,7 +252,7 @@ def _texts(
         sample["prompt"] = len(prompt)
         written.append("".join(sample["pieces"])[len(prompt) :])
     training = _training_texts(artifact, root)
-    if training is None:
+    if not training:
         data["neighbours"] = "the training texts are not in this run folder"
         return
     for sample, found in zip(data["samples"], copied(written, training), strict=True):
@@ -249,28 +275,32 @@ def pieces(source: Source, ids: np.ndarray) -> list[str]:
 # --- lineage -------------------------------------------------------------------------------
 
 
-def _input(artifact: Artifact, role: str, root: Path) -> Artifact:
+def _inputs(artifact: Artifact, role: str, root: Path) -> list[Artifact]:
     entries = artifact.manifest.get("inputs", {}).get(role, [])
     if not entries:
         raise ArtifactError(f"{artifact.folder / MANIFEST}: names no input '{role}'")
-    return Artifact.open(root / entries[0]["path"])
+    return [Artifact.open(root / entry["path"]) for entry in entries]
 
 
-def _training_tokens(artifact: Artifact, root: Path) -> Path | None:
-    """The token shards that the model was trained on, if they are still there."""
+def _training_tokens(artifact: Artifact, root: Path) -> list[Path]:
+    """The token shards that the model was trained on; none if any of them is not there."""
     try:
-        model = _input(artifact, "model", root)
-        return _input(_input(model, "decoder", root), "tokens", root).folder
+        model = _inputs(artifact, "model", root)[0]
+        decoder = _inputs(model, "decoder", root)[0]
+        return [tokens.folder for tokens in _inputs(decoder, "tokens", root)]
     except ArtifactError:
-        return None
+        return []
 
 
-def _training_texts(artifact: Artifact, root: Path) -> list[str] | None:
-    folder = _training_tokens(artifact, root)
-    if folder is None:
-        return None
+def _training_texts(artifact: Artifact, root: Path) -> list[str]:
+    """All training texts; none if any of the raw shards is not there."""
     try:
-        raw = _input(Artifact.open(folder), "data", root).folder
+        raw = [
+            data.folder
+            for folder in _training_tokens(artifact, root)
+            for data in _inputs(Artifact.open(folder), "data", root)
+        ]
     except ArtifactError:
-        return None
-    return [sample.text() for sample in Shards.open(raw).iterate("train")]
+        return []
+    shards = [Shards.open(folder) for folder in raw]
+    return [sample.text() for s in shards if s.modality == "text" for sample in s.iterate("train")]

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,28 +21,40 @@ from PIL import Image
 from chainrule.pipeline.artifact import Artifact, require_same, sha256_file
 from chainrule.pipeline.config import digest, result_settings
 from chainrule.pipeline.ranks import chosen_device
-from chainrule.pipeline.sampling.drafts import Draft, ModelDraftSettings, make_draft
+from chainrule.pipeline.sampling.completion import Given, given_of
+from chainrule.pipeline.sampling.drafts import (
+    Draft,
+    ModelDraftSettings,
+    NgramDraftSettings,
+    make_draft,
+)
 from chainrule.pipeline.sampling.int8 import quantise
 from chainrule.pipeline.sampling.pictures import (
+    MOST_ROWS,
     contact_sheet,
+    file_stems,
     save_picture,
     save_wav,
     sheet_rows,
 )
 from chainrule.pipeline.sampling.request import (
     Beginning,
+    Completion,
     Config,
     Request,
     Source,
     settle,
     vocabulary_size,
 )
-from chainrule.pipeline.sampling.sampler import Drawn, SamplingError, draw
+from chainrule.pipeline.sampling.sampler import Drawn, SamplingError, draw, same_in_any_batch
 from chainrule.pipeline.sampling.speculative import Statistics, speculate
 from chainrule.pipeline.sampling.store import Layout, Store
 from chainrule.pipeline.sampling.text import cut_at
 from chainrule.pipeline.sampling.uniforms import sample_seeds
-from chainrule.pipeline.stage import Input, Stage
+from chainrule.pipeline.stage import Input, Stage, say
+
+if TYPE_CHECKING:
+    from chainrule.pipeline.data.tokens import TokenSet
 
 __all__ = ["INPUTS", "Config", "main", "open_source", "sample_folder", "settle"]
 
@@ -52,6 +64,13 @@ INPUTS = {
     "tokens": Input(("pretokenize",), optional=True),
 }
 
+DECODED_TOGETHER = 16
+"""Samples that the tokenizer decodes at once: bounds the memory of large pictures. A constant:
+a sample must not depend on how it is drawn, and decoders round differently in other batches."""
+SHEET_OF_A_CLASS = 100
+"""Pictures on the contact sheet of one class."""
+TRACKED = 8
+"""Texts and sounds that go to the tracking server: the first."""
 LOSS_MEASURED_ON = 64
 """Samples on which the loss of int8 weights is measured."""
 
@@ -66,7 +85,7 @@ def open_source(folder: Path, device: str = "auto", dtype: str = "float32") -> S
     model = load(folder, device=str(chosen), dtype=in_memory).eval()
     if dtype == "int8":
         quantise(model)
-    card = _card(folder)
+    card = card_of(folder)
     tokenizer = None
     if card.get("tokenizer") is not None and card["tokenizer"].get("path") is not None:
         try:
@@ -81,7 +100,7 @@ def open_source(folder: Path, device: str = "auto", dtype: str = "float32") -> S
     return Source(model, card, tokenizer, chosen)
 
 
-def _card(folder: Path) -> dict[str, Any]:
+def card_of(folder: Path) -> dict[str, Any]:
     """The card of a model folder; a `transformers` folder gets one of what is known of it."""
     if (folder / "card.json").is_file():
         return Artifact.bare(folder).card
@@ -138,13 +157,31 @@ class Work:
         """Everything that can be wrong with the request is found here, before a draw."""
         source = open_source(stage.input("model").folder, config.device, config.dtype)
         tokens = stage.optional("tokens")
-        request = settle(config, source, beginnings(config, source, tokens) if tokens else None)
-        draft = open_draft(config, source, stage.optional("draft"))
+        if tokens is not None and config.complete is None and not _searches(config):
+            raise SamplingError(
+                "tokens: the input is for `complete` and for `corpus` of an n-gram draft; "
+                "set one of them, or drop the input"
+            )
+        begun = None
+        if tokens is not None and config.complete is not None:
+            begun = beginnings(config.complete, source, tokens)
+        request = settle(config, source, begun, pictured(config, source))
+        draft = open_draft(config, source, stage.optional("draft"), tokens)
         settings = result_settings(config)
+        if config.picture is not None and request.given is not None:
+            settings["input picture"] = sha256_file(config.picture.file)
+            if request.given.late and stage.is_main:
+                say(
+                    f"sample: {request.given.late} of the {int(request.given.kept.sum())} kept "
+                    "elements come after drawn ones in the model's order: what is drawn before "
+                    "them has not seen them (exact: what is kept first in that order)"
+                )
         for role in ("draft", "tokens"):
             given = stage.optional(role)
             if given is not None:
                 settings[f"input {role}"] = _identity(given)
+        if config.dtype != "float32" and not same_in_any_batch(source.model):
+            settings["rows drawn together"] = together(config)
         store = Store.start(
             stage.folder,
             model=source.card["fingerprint"],
@@ -181,7 +218,7 @@ class Work:
         up (with samples that are thrown away), so that neither ranks nor resuming change a bit.
         """
         config, model = self.config, self.source.model
-        rows = min(config.batch_size, config.number, config.samples_per_shard)
+        rows = together(config)
         wanted = list(indices)
         plan = self.request.plan(wanted + [wanted[-1]] * (rows - len(wanted)))
         if self.draft is None:
@@ -213,6 +250,11 @@ class Work:
         return float(difference.cpu()[counts].double().mean()) / math.log(2)
 
 
+def together(config: Config) -> int:
+    """Rows of each batch: `batch_size`, or all of a shard."""
+    return min(config.batch_size, config.number, config.samples_per_shard)
+
+
 def _identity(given: Artifact) -> str:
     """What tells an input from others: its stage's fingerprint, or a bare folder's own."""
     if given.fingerprint:
@@ -221,7 +263,30 @@ def _identity(given: Artifact) -> str:
     return str(given.card["fingerprint"]) if card.is_file() else digest(given.index)
 
 
-def open_draft(config: Config, source: Source, given: Artifact | None) -> Draft | None:
+def source_files(config: Config) -> list[Path]:
+    """Files whose content enters the stage's fingerprint."""
+    return [] if config.picture is None else [config.picture.file]
+
+
+def pictured(config: Config, source: Source) -> Given | None:
+    """The picture that is completed, if one is asked for."""
+    if config.picture is None:
+        return None
+    if source.modality != "image" or source.tokenizer is None:
+        raise SamplingError("picture: the model is not one of pictures; leave it out")
+    shape = picture_shape(source)
+    dtype = str(np.min_scalar_type((vocabulary_size(source) or 1) - 1))
+    size = _decoded_layout(source, shape, dtype).shape
+    return given_of(config.picture, source, shape, size)
+
+
+def _searches(config: Config) -> bool:
+    return isinstance(config.draft, NgramDraftSettings) and config.draft.corpus > 0
+
+
+def open_draft(
+    config: Config, source: Source, given: Artifact | None, tokens: Artifact | None = None
+) -> Draft | None:
     """What drafts, if anything; a draft of another tokenizer's tokens is refused."""
     settings = config.draft
     if given is None and settings is None:
@@ -242,16 +307,25 @@ def open_draft(config: Config, source: Source, given: Artifact | None) -> Draft 
             )
         model = open_source(given.folder, str(source.device), config.dtype).model
     assert settings is not None
-    return make_draft(settings, source.model, model)
+    corpus: list[list[int]] = []
+    if isinstance(settings, NgramDraftSettings) and settings.corpus:
+        if tokens is None:
+            raise SamplingError("draft: `corpus` takes a pretokenize artifact as input `tokens`")
+        corpus = _corpus(settings.corpus, source, tokens)
+    return make_draft(settings, source.model, model, corpus)
 
 
-def beginnings(config: Config, source: Source, tokens: Artifact) -> list[Beginning] | None:
-    """The first samples of the validation split, in the model's order of generation."""
+def _corpus(elements: int, source: Source, tokens: Artifact) -> list[list[int]]:
+    """About so many elements of the training split, in the model's order of generation."""
+    found = _token_set(source, tokens, "train")
+    return [_in_order(source, found[i][0]).tolist() for i in found.spread(elements)]
+
+
+def _token_set(source: Source, tokens: Artifact, split: str) -> "TokenSet":
+    """A split of the `tokens` input; LineageError for another tokenizer's than the model's."""
     from chainrule.pipeline.data.tokens import TokenSet
 
-    if config.complete is None:
-        raise SamplingError("tokens: the input is for `complete`; set it, or drop the input")
-    found = TokenSet.open(tokens.folder, "validation")
+    found = TokenSet.open(tokens.folder, split)
     if source.card.get("tokenizer"):
         require_same(
             "tokens and model",
@@ -260,15 +334,25 @@ def beginnings(config: Config, source: Source, tokens: Artifact) -> list[Beginni
             found.tokenizer_fingerprint,
             str(tokens.folder),
         )
+    return found
+
+
+def _in_order(source: Source, ids: np.ndarray) -> torch.Tensor:
+    """Tokens of a sample (...) in the model's order of generation, (t,)."""
+    x = torch.from_numpy(ids.astype(np.int64)).reshape(1, -1)
+    if x.shape[1] == source.elements:
+        x = source.model.to_sequence(x.reshape(1, *source.model.event_shape))
+    return x[0]
+
+
+def beginnings(complete: Completion, source: Source, tokens: Artifact) -> list[Beginning]:
+    """The first samples of the validation split, in the model's order of generation."""
+    found = _token_set(source, tokens, "validation")
     begun = []
-    for i in range(min(config.complete.of, len(found))):
+    for i in range(min(complete.of, len(found))):
         ids, meta = found[i]
-        x = torch.from_numpy(ids.astype(np.int64)).reshape(1, -1)[:, : source.elements]
-        if x.shape[1] == source.elements:
-            x = source.model.to_sequence(x.reshape(1, *source.model.event_shape))
-        begun.append(Beginning(x[0].numpy(), meta.get("label")))
-    if not begun:
-        raise SamplingError(f"{tokens.folder}: no validation samples to complete")
+        x = _in_order(source, ids.reshape(-1)[: source.elements])
+        begun.append(Beginning(x.numpy(), meta.get("label")))
     return begun
 
 
@@ -307,22 +391,30 @@ def layouts(request: Request, source: Source) -> dict[str, Layout]:
     if request.classes is not None:
         arrays["class"] = Layout((), "int64")
     if source.tokenizer is not None and source.modality in DECODED:
-        blank = np.full(shape, _offset(source), dtype=dtype)
-        decoded = np.asarray(source.tokenizer.decode([blank])[0])
-        arrays[DECODED[source.modality]] = Layout(decoded.shape, str(decoded.dtype))
+        arrays[DECODED[source.modality]] = _decoded_layout(source, shape, dtype)
     return arrays
+
+
+def _decoded_layout(source: Source, shape: tuple[int, ...], dtype: str) -> Layout:
+    """What the tokenizer makes of one sample's tokens."""
+    blank = np.full(shape, _offset(source), dtype=dtype)
+    decoded = np.asarray(source.tokenizer.decode([blank])[0])
+    return Layout(decoded.shape, str(decoded.dtype))
 
 
 def token_shape(request: Request, source: Source) -> tuple[int, ...]:
     """A sample's tokens: the grid of a picture, else the sequence."""
+    return picture_shape(source) or (request.columns,)
+
+
+def picture_shape(source: Source) -> tuple[int, ...]:
+    """The grid of a picture's tokens, empty for a model of sequences."""
     if source.card.get("grid"):
         grid = tuple(source.card["grid"])
         if int(np.prod(grid)) == source.elements:
             return grid
         return tuple(source.model.event_shape)
-    if len(source.model.event_shape) > 1:
-        return tuple(source.model.event_shape)
-    return (request.columns,)
+    return tuple(source.model.event_shape) if len(source.model.event_shape) > 1 else ()
 
 
 def _offset(source: Source) -> int:
@@ -355,8 +447,17 @@ def shard_arrays(
         arrays["class"] = np.array([request.classes[i % len(request.classes)] for i in rows])
     for name in DECODED.values():
         if name in layout:
-            arrays[name] = np.stack(source.tokenizer.decode(list(tokens)))
+            arrays[name] = decoded(source, tokens)
     return arrays
+
+
+def decoded(source: Source, tokens: np.ndarray) -> np.ndarray:
+    """What the tokenizer makes of samples (N, ...), a few at a time."""
+    parts = [
+        np.stack(source.tokenizer.decode(list(tokens[start : start + DECODED_TOGETHER])))
+        for start in range(0, len(tokens), DECODED_TOGETHER)
+    ]
+    return np.concatenate(parts)
 
 
 def show(request: Request, source: Source, store: Store, stage: Stage) -> None:
@@ -365,11 +466,19 @@ def show(request: Request, source: Source, store: Store, stage: Stage) -> None:
         path = stage.folder / "sheet.png"
         save_picture(sheet(request, source, store), path)
         stage.picture(path)
+        if request.classes is not None and request.begun is None:
+            for path in class_sheets(source, store, stage.folder / "sheets"):
+                stage.picture(path)
     elif "audio" in store.arrays:
         (stage.folder / "audio").mkdir(exist_ok=True)
         rate = int(source.tokenizer.card()["sample_rate"])
-        for i, audio in enumerate(store.read("audio")):
-            save_wav(audio, rate, stage.folder / "audio" / f"{i:05d}.wav")
+        for shard in range(store.shards):
+            rows = store.rows(shard)
+            for i, audio in zip(rows, store.read("audio", rows), strict=True):
+                path = stage.folder / "audio" / f"{i:05d}.wav"
+                save_wav(audio, rate, path)
+                if i < TRACKED:
+                    stage.picture(path)
     elif "rows" in store.arrays:
         np.savetxt(stage.folder / "rows.csv", store.read("rows"), fmt="%.7g", delimiter=",")
     elif source.modality == "text" and source.tokenizer is not None:
@@ -377,23 +486,67 @@ def show(request: Request, source: Source, store: Store, stage: Stage) -> None:
         for i, text in enumerate(texts(request, source, store)):
             path = stage.folder / "text" / f"{i:05d}.txt"
             path.write_text(text, encoding="utf-8", newline="")
+            if i < TRACKED:
+                stage.picture(path)
 
 
 def sheet(request: Request, source: Source, store: Store) -> Image.Image:
     """A row a class, or, of completed pictures, the real one and then what was made of it."""
-    images = store.read("images")
     if request.begun is None:
         names = None
         if request.classes is not None:
-            names = [str(source.card["classes"][c]) for c in store.read("class")]
-        return contact_sheet(images, sheet_rows(len(images), names))
+            names = [_class_name(source, c) for c in store.read("class")]
+        rows, note = sheet_rows(store.number, names)
+        before = None
+        if request.given is not None:
+            before = np.stack([request.given.picture] * len(rows))
+        return _sheet_of(store, rows, before, note)
     sequences = torch.from_numpy(np.stack([b.tokens for b in request.begun]))
     real = source.model.to_event(sequences).reshape(len(sequences), *store.arrays["tokens"].shape)
-    pictures = np.stack(source.tokenizer.decode(list(real.numpy())))
-    count = len(pictures)
-    made = [range(count + k, count + len(images), count) for k in range(count)]
-    rows = [("real, completed", [k, *made[k]]) for k in range(count)]
-    return contact_sheet(np.concatenate([pictures, images]), rows)
+    shown = range(min(len(sequences), MOST_ROWS))
+    pictures = decoded(source, real.numpy()[: len(shown)])
+    made = [range(k, store.number, len(sequences))[:9] for k in shown]
+    rows = [("real, completed", list(indices)) for indices in made]
+    return _sheet_of(store, rows, pictures)
+
+
+def class_sheets(source: Source, store: Store, folder: Path) -> list[Path]:
+    """A sheet a class that was asked for, with its first samples: sheets/CLASS.png."""
+    folder.mkdir(exist_ok=True)
+    asked = store.read("class")
+    classes = sorted({int(c) for c in asked})
+    paths = []
+    for c, stem in zip(classes, file_stems([_class_name(source, c) for c in classes]), strict=True):
+        of_class = np.flatnonzero(asked == c)
+        indices = of_class[:SHEET_OF_A_CLASS].tolist()
+        rows = [("", indices[start : start + 10]) for start in range(0, len(indices), 10)]
+        left = len(of_class) - len(indices)
+        note = f"{left:,} more samples of it in the store" if left else ""
+        paths.append(folder / f"{stem}.png")
+        save_picture(_sheet_of(store, rows, note=note), paths[-1])
+    return paths
+
+
+def _class_name(source: Source, index: int) -> str:
+    return str(source.card["classes"][index])
+
+
+def _sheet_of(
+    store: Store,
+    rows: Sequence[tuple[str, Sequence[int]]],
+    before: np.ndarray | None = None,
+    note: str = "",
+) -> Image.Image:
+    """A sheet that reads the pictures it shows; `before` are put first, one into each row."""
+    indices = sorted({int(i) for _, row in rows for i in row[:10]})
+    images = store.read("images", indices)
+    at = {index: place for place, index in enumerate(indices)}
+    places = [[at[int(i)] for i in row[:10]] for _, row in rows]
+    if before is not None:
+        places = [[len(images) + r, *row] for r, row in enumerate(places)]
+        images = np.concatenate([images, before])
+    labels = [label for label, _ in rows]
+    return contact_sheet(images, list(zip(labels, places, strict=True)), note=note)
 
 
 def texts(request: Request, source: Source, store: Store) -> list[str]:

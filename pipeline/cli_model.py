@@ -4,6 +4,7 @@ They call the same jobs as stages do, with a stage made for the occasion. Jobs a
 by name, as a pipeline file names them.
 """
 
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -63,10 +64,20 @@ def sample(
     model: ModelArgument,
     n: Annotated[int | None, typer.Option("--n", min=1, help="How many samples.")] = None,
     classes: Annotated[
-        list[str] | None, typer.Option("--class", help="Asked for in turn, by number or name.")
+        list[str] | None, typer.Option("--class", help="Asked for in turn, by name or number.")
     ] = None,
     prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", help="Continued in turn; \\n is a new line.")
+        list[str] | None,
+        typer.Option(
+            "--prompt", help="Continued in turn; \\n is a new line, \\t a tab, \\\\ a \\."
+        ),
+    ] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="A picture of which a part is kept, the rest drawn.")
+    ] = None,
+    keep: Annotated[
+        str | None,
+        typer.Option(help="What of it: top:0.5 (the default), left:0.5, outside:x0,y0,x1,y1."),
     ] = None,
     length: Annotated[int | None, typer.Option(help="Elements after the prompt.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 takes the mode.")] = None,
@@ -87,11 +98,15 @@ def sample(
 ) -> None:
     """Draw from a model: text streams to the terminal, pictures and sound go to a folder."""
     job: Any = job_module("sample")
-    prompts = [p.encode().decode("unicode_escape") if "\\" in p else p for p in prompt or []]
+    if keep is not None and image is None:
+        raise RequestError("--keep: says what is kept of --image FILE; give that too")
+    picture = None if image is None else {"file": image, **({"keep": keep} if keep else {})}
+    prompts = [unescaped(p) for p in prompt or []]
     values: dict[str, Any] = {
         "number": n,
-        "classes": [int(c) if c.isdigit() else c for c in classes or []] or None,
+        "classes": classes or None,
         "prompts": prompts or None,
+        "picture": picture,
         "length": length,
         "temperature": temperature,
         "top_k": top_k,
@@ -99,7 +114,7 @@ def sample(
         "seed": seed,
     }
     config = settings("sample", values, overrides)
-    modality = Artifact.bare(model).card.get("modality")
+    modality = job.card_of(model).get("modality")
     if out is None and modality == "text":
         _stream(job, model, draft, config, n or max(len(prompts), 1))
         return
@@ -111,6 +126,12 @@ def sample(
             folder.rmdir()
         working.rename(folder)
     typer.echo(folder)
+
+
+def unescaped(prompt: str) -> str:
+    r"""A prompt as it was typed: \n, \t and \\ mean a new line, a tab and a backslash."""
+    meant = {"n": "\n", "t": "\t", "\\": "\\"}
+    return re.sub(r"\\([nt\\])", lambda found: meant[found[1]], prompt)
 
 
 def _parent(folder: Path) -> Path:

@@ -11,10 +11,11 @@ import pytest
 import torch
 import yaml
 
+from chainrule.jobs import gallery
 from chainrule.jobs.gallery import write_gallery
 from chainrule.jobs.sample import Config, main
 from chainrule.pipeline import build, load
-from chainrule.pipeline.artifact import Artifact, ArtifactError, partial_folder, publish
+from chainrule.pipeline.artifact import MANIFEST, Artifact, ArtifactError, partial_folder, publish
 from chainrule.pipeline.data.shards import ShardWriter, finish, key_of
 from chainrule.pipeline.models.folder import save
 from chainrule.pipeline.sampling.store import Store
@@ -134,8 +135,29 @@ def test_what_the_page_knows(run: Path, tmp_path: Path) -> None:
     assert (copy["training"], copy["distance"], copy["same"]) == (7, 0, 1)
     assert pictures["samples"][2]["near"][0]["distance"] > 0
     assert pictures["real"]["least"] > 0
-    assert pictures["among"] == 20
+    assert (pictures["among"], pictures["trained_on"]) == (20, 20)
     assert "7" in pictures["training"]
+
+
+def test_training_pictures_of_every_set_are_searched(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two sets of which half the pictures are searched, and the page says so."""
+    root = tmp_path / "two"
+    shutil.copytree(run, root)
+    shutil.copytree(root / "pictures_tokens", root / "more_tokens")
+    path = root / "pictures_decoder" / MANIFEST
+    manifest = json.loads(path.read_text())
+    manifest["inputs"]["tokens"] = [{"path": "more_tokens"}, {"path": "pictures_tokens"}]
+    path.write_text(json.dumps(manifest))
+    data = data_of(write_gallery(root / "pictures_samples", tmp_path / "all.html"))
+    (stage,) = data["stages"]
+    assert (stage["among"], stage["trained_on"]) == (40, 40)
+    assert [n["training"] for n in stage["samples"][3]["near"][:2]] == [7, 27]
+    monkeypatch.setattr(gallery, "TRAINING_PICTURES", 20)
+    data = data_of(write_gallery(root / "pictures_samples", tmp_path / "half.html"))
+    (stage,) = data["stages"]
+    assert (stage["among"], stage["trained_on"]) == (20, 40)
 
 
 def test_texts_with_their_surprise_and_copies(run: Path, tmp_path: Path) -> None:

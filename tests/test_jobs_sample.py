@@ -19,10 +19,13 @@ from chainrule.jobs import sample
 from chainrule.jobs.sample import Config, main, open_source, sample_folder, settle
 from chainrule.pipeline import build, load
 from chainrule.pipeline.artifact import Artifact, ArtifactError, LineageError
+from chainrule.pipeline.models import native_steps
 from chainrule.pipeline.models.folder import save
+from chainrule.pipeline.sampling.drafts import NgramDraft
+from chainrule.pipeline.sampling.pictures import contact_sheet, file_stems, sheet_rows
 from chainrule.pipeline.sampling.sampler import SamplingError
 from chainrule.pipeline.sampling.store import Store, StoreError
-from chainrule.pipeline.sampling.text import stream
+from chainrule.pipeline.sampling.text import StopStrings, stream
 from chainrule.pipeline.stage import Stage
 from chainrule.tokenizers.bytes import ByteTokenizer
 from chainrule.tokenizers.mulaw import MuLawTokenizer
@@ -124,7 +127,13 @@ def test_pictures_of_each_class(pictures: Path, tmp_path: Path) -> None:
         "samples.json",
         "samples.zarr",
         "sheet.png",
+        "sheets",
     ]
+    assert sorted(p.name for p in (tmp_path / "sheets").iterdir()) == [
+        f"{name}.png" for name in NAMES
+    ]
+    with Image.open(tmp_path / "sheets/cat.png") as sheet:  # 4 of the 10 are cats
+        assert sheet.size == (4 + 4 * 68, 4 + 68)
 
 
 def test_sample_17_is_the_same_however_it_is_drawn(pictures: Path, tmp_path: Path) -> None:
@@ -147,6 +156,100 @@ def test_sample_17_is_the_same_however_it_is_drawn(pictures: Path, tmp_path: Pat
     assert (one != other).any(axis=(1, 2)).all()
 
 
+@pytest.mark.skipif(native_steps.load() is None, reason="no C compiler here")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("preset", ["gpt2-debug", "mistral-debug"])
+def test_sample_17_is_the_same_in_every_dtype(preset: str, dtype: str, tmp_path: Path) -> None:
+    """Prompts of many lengths, alone and in company: not a bit of the likelihoods moves."""
+    window = {"window": 20} if preset == "mistral-debug" else {}
+    shape = {"vocabulary_size": 258, "context": 120, "layers": 2}
+    model = hand_off(tmp_path / "model", build(preset, seed=0, **shape, **window), ByteTokenizer())
+    settings: dict[str, Any] = {
+        "number": 40,
+        "prompts": ["a", "def f(x):", "x" * 30, "y" * 70],
+        "length": 24,
+        "dtype": dtype,
+    }
+    found = []
+    for batch_size in (1, 3, 40):
+        folder = tmp_path / str(batch_size)
+        store = Store.open(sample_folder(model, folder, Config(**settings, batch_size=batch_size)))
+        found.append([store.read(name) for name in ("tokens", "length", "log_likelihood")])
+    for other in found[1:]:
+        for one, same in zip(found[0], other, strict=True):
+            np.testing.assert_array_equal(one, same)
+
+
+def test_where_rounding_depends_on_the_batch_its_size_is_a_setting(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CHAINRULE_NATIVE", "0")
+    settings: dict[str, Any] = {"number": 6, "samples_per_shard": 3, "dtype": "bfloat16"}
+    sample.part(Config(**settings, batch_size=1), stage_for(tmp_path, pictures), 0, 2)
+    with pytest.raises(StoreError, match="rows drawn together = 1, asked for 3"):
+        sample_folder(pictures, tmp_path, Config(**settings))
+    sample_folder(pictures, tmp_path, Config(**settings, batch_size=1))
+    assert Store.open(tmp_path).header["settings"]["rows drawn together"] == 1
+
+
+def test_no_more_is_held_in_memory_than_is_shown(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together, read_rows = [], []
+    decode, read_store = PixelTokenizer.decode, Store.read
+
+    def noted(self: Any, batch: Any) -> Any:
+        together.append(len(batch))
+        return decode(self, batch)
+
+    def noted_rows(self: Store, name: str, rows: Any = None) -> np.ndarray:
+        found = read_store(self, name, rows)
+        if name == "images":
+            read_rows.append(len(found))
+        return found
+
+    monkeypatch.setattr(PixelTokenizer, "decode", noted)
+    monkeypatch.setattr(Store, "read", noted_rows)
+    sample_folder(pictures, tmp_path, Config(number=90))
+    assert max(together) == sample.DECODED_TOGETHER
+    assert read_rows == [30, 30, 30, 30]  # ten of each class, then each class by itself
+    np.testing.assert_array_equal(
+        Store.open(tmp_path).read("images")[..., 0], Store.open(tmp_path).read("tokens") * 17
+    )
+
+
+def test_what_a_sheet_leaves_out_is_said() -> None:
+    names = [f"class {i % 50}" for i in range(100)]
+    rows, note = sheet_rows(100, names)
+    assert [label for label, _ in rows] == names[:40]
+    assert note == "10 more classes in sheets/"
+    assert sheet_rows(401, None)[1] == "1 more samples in the store"
+    assert sheet_rows(400, None)[1] == ""
+    images = np.zeros((100, 4, 4, 1), dtype=np.uint8)
+    plain, noted = contact_sheet(images, rows), contact_sheet(images, rows, note=note)
+    assert noted.size[1] == plain.size[1] + 24
+    assert (np.asarray(noted)[plain.size[1] :] < 100).any()  # ink
+    assert file_stems(["a/b c", "ü"]) == ["a_b_c", "ü"]
+    assert file_stems(["a/b", "A?b"]) == ["0000_a_b", "0001_A_b"]
+
+
+def test_first_texts_and_sounds_are_tracked(text: Path, tmp_path: Path) -> None:
+    class Tracker:
+        def __init__(self) -> None:
+            self.files: list[Path] = []
+
+        def file(self, path: Path) -> None:
+            self.files.append(path)
+
+        def metrics(self, *_: Any) -> None: ...
+
+    stage = stage_for(tmp_path, text)
+    tracker: Any = Tracker()
+    stage.tracker = tracker
+    main(Config(number=10, length=5), stage)
+    assert [path.name for path in tracker.files] == [f"{i:05d}.txt" for i in range(8)]
+
+
 def test_classes_by_name_and_guidance(pictures: Path, tmp_path: Path) -> None:
     config = Config(number=4, classes=["owl", 0], guidance=3)
     assert config.guidance.scale == 3
@@ -155,6 +258,29 @@ def test_classes_by_name_and_guidance(pictures: Path, tmp_path: Path) -> None:
     guided, plain = Store.open(tmp_path / "guided"), Store.open(tmp_path / "plain")
     assert guided.read("class").tolist() == [2, 0, 2, 0]
     assert (guided.read("tokens") != plain.read("tokens")).any()
+
+
+def test_names_that_are_numbers(tmp_path: Path) -> None:
+    """Classes 1 to 12, sorted as words: 2 is the name of number 4 and the number of '11'."""
+    names = sorted(str(n) for n in range(1, 13))
+    shape = {"family": "imagegpt", "vocabulary_size": 16, "context": 16, "event_shape": [4, 4]}
+    model = build({**shape, "classes": 12, **TINY}, seed=0)
+    folder = hand_off(
+        tmp_path / "m", model, PixelTokenizer(sample_levels(16)), grid=[4, 4], classes=names
+    )
+    source = open_source(folder)
+
+    def asked(*classes: int | str) -> list[int] | None:
+        return settle(Config(classes=list(classes)), source).classes
+
+    assert asked("2", "12", "0") == [4, 3, 0]  # the name first; '0' names none
+    assert asked(0, 12) == [0, 3]  # 12 is a name only
+    with pytest.raises(SamplingError, match="2 is the name of class number 4 .* of class '11'"):
+        asked(2)
+    with pytest.raises(SamplingError, match="no class 13; the model has 12, 0 to 11"):
+        asked("13")
+    with pytest.raises(SamplingError, match="guidance: .* class_dropout 0 "):
+        settle(Config(guidance=2.0), source)
 
 
 def test_started_again_it_fills_what_is_missing(
@@ -243,6 +369,42 @@ def test_text_ends_at_eos_and_at_stop_strings(text: Path, tmp_path: Path) -> Non
     assert (Store.open(stopped).read("length") < lengths).any()
 
 
+@pytest.mark.parametrize("stop", ["ab", "x" * 31 + "y", "x" * 50 + "y", "é" * 40 + "y"])
+def test_stop_strings_of_any_length(stop: str) -> None:
+    finished = StopStrings(ByteTokenizer(), ["never", stop])
+    drawn = list(b"before " * 20 + stop.encode())
+    said = [finished(0, drawn[:n]) for n in range(1, len(drawn) + 1)]
+    assert said == [False] * (len(drawn) - 1) + [True]
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("é\\n", "é\n"),
+        ("C:\\xyz", "C:\\xyz"),
+        ("a\\tb", "a\tb"),
+        ("a\\\\n", "a\\n"),
+        ("日本\\q\\", "日本\\q\\"),
+    ],
+)
+def test_what_is_typed_as_a_prompt(typed: str, meant: str) -> None:
+    from chainrule.pipeline.cli_model import unescaped
+
+    assert unescaped(typed) == meant
+
+
+def test_the_command_draws_from_a_transformers_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from chainrule.pipeline.cli_model import sample as command
+    from chainrule.pipeline.models.transformers_format import to_transformers
+
+    to_transformers(build("llama-debug", seed=0, context=40), tmp_path / "model")
+    command(tmp_path / "model", n=2, out=tmp_path / "out")
+    assert capsys.readouterr().out == f"{tmp_path / 'out'}\n"
+    assert Store.open(tmp_path / "out").read("tokens").shape == (2, 40)
+
+
 def test_streamed_text_is_the_stored_text(text: Path, tmp_path: Path) -> None:
     source = open_source(text)
     for number, stop in enumerate([[], ["a"], ["ab", "�"]]):
@@ -296,6 +458,8 @@ def test_real_numbers_without_a_tokenizer(tmp_path: Path) -> None:
         ("pictures", {"length": 5}, "a picture of this model has 16 elements"),
         ("pictures", {"prompts": [[3, 99]]}, r"token 99 lies outside .* image \[0, 16\)"),
         ("pictures", {"stop": ["x"]}, "stop strings are for text"),
+        ("pictures", {"end_at": ["eos"]}, "no special token 'eos'"),
+        ("text", {"end_at": ["eoss"]}, "no special token 'eoss'; did you mean 'eos'"),
         ("text", {"classes": [0]}, "trained without classes"),
         ("text", {"guidance": 2.0}, "guidance: the model has no classes"),
         ("text", {"length": 61}, "a model of 60 elements"),
@@ -426,20 +590,21 @@ def test_drafts_that_cannot_be_are_refused(text: Path, pictures: Path, tmp_path:
         main(Config(), stage)
 
 
-def test_real_pictures_are_completed(pictures: Path, tmp_path: Path) -> None:
+def token_shards(folder: Path) -> np.ndarray:
+    """Six grids of 4 x 4 levels as token shards, 3 for training and 3 for validation."""
     from chainrule.pipeline.data.shards import ShardWriter, finish, key_of
 
-    tokens, tokenizer = tmp_path / "tokens", PixelTokenizer(sample_levels(16))
-    tokens.mkdir()
+    tokenizer = PixelTokenizer(sample_levels(16))
+    folder.mkdir()
     rng = np.random.default_rng(0)
-    grids = rng.integers(0, 16, (6, 4, 4)).astype(np.uint8)
+    grids: np.ndarray = rng.integers(0, 16, (6, 4, 4)).astype(np.uint8)
     for number, split in enumerate(("train", "validation")):
-        with ShardWriter(tokens, number, split) as shard:
+        with ShardWriter(folder, number, split) as shard:
             for i, grid in enumerate(grids[3 * number : 3 * number + 3]):
                 members = {"tokens.npy": grid, "json": {"label": i, "class": NAMES[i]}}
                 shard.write(key_of(3 * number + i), members, tokens=16)
     finish(
-        tokens,
+        folder,
         kind="tokens",
         modality="image",
         shards=2,
@@ -449,6 +614,12 @@ def test_real_pictures_are_completed(pictures: Path, tmp_path: Path) -> None:
         grid=[4, 4],
         source="0" * 64,
     )
+    return grids
+
+
+def test_real_pictures_are_completed(pictures: Path, tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens"
+    grids = token_shards(tokens)
     stage = stage_for(tmp_path / "out", pictures)
     stage.inputs["tokens"] = [Artifact.bare(tokens)]  # type: ignore[index]
     main(Config(number=6, complete={"share": 0.5, "of": 2}), stage)
@@ -461,6 +632,134 @@ def test_real_pictures_are_completed(pictures: Path, tmp_path: Path) -> None:
         assert sheet.size[1] == 4 + 2 * 68
     with pytest.raises(SamplingError, match="takes a pretokenize artifact"):
         sample_folder(pictures, tmp_path / "none", Config(complete={"share": 0.5}))
+
+
+def test_an_ngram_draft_looks_through_the_training_split(pictures: Path, tmp_path: Path) -> None:
+    grids = token_shards(tmp_path / "tokens")
+
+    def opened(name: str, draft: dict[str, Any]) -> sample.Work:
+        stage = stage_for(tmp_path / name, pictures)
+        stage.inputs["tokens"] = [Artifact.bare(tmp_path / "tokens")]  # type: ignore[index]
+        return sample.Work.open(Config(number=3, temperature=0, draft=draft), stage)
+
+    draft = opened("drafted", {"kind": "ngram", "corpus": 1000}).draft
+    assert isinstance(draft, NgramDraft)
+    assert draft.texts == grids[:3].reshape(3, 16).tolist()
+    stage = stage_for(tmp_path / "drafted", pictures)
+    stage.inputs["tokens"] = [Artifact.bare(tmp_path / "tokens")]  # type: ignore[index]
+    main(Config(number=3, temperature=0, draft={"kind": "ngram", "corpus": 1000}), stage)
+    plain = sample_folder(pictures, tmp_path / "plain", Config(number=3, temperature=0))
+    np.testing.assert_array_equal(
+        Store.open(tmp_path / "drafted").read("tokens"), Store.open(plain).read("tokens")
+    )
+    with pytest.raises(SamplingError, match="`corpus` of an n-gram draft; set one of them"):
+        opened("unused", {"kind": "ngram"})
+    with pytest.raises(SamplingError, match="takes a pretokenize artifact as input `tokens`"):
+        sample_folder(pictures, tmp_path / "no", Config(draft={"kind": "ngram", "corpus": 9}))
+
+
+def drawing(path: Path, height: int, width: int, mode: str = "L") -> Path:
+    """A picture file of noise."""
+    rng = np.random.default_rng(5)
+    shape = (height, width) if mode == "L" else (height, width, 3)
+    Image.fromarray(rng.integers(0, 256, shape).astype(np.uint8), mode).save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("keep", "kept", "warned"),
+    [
+        ("top:0.5", np.s_[:2, :], False),
+        ("top:0.3", np.s_[:1, :], False),
+        ("left:0.5", np.s_[:, :2], True),
+        ("outside:0.25,0.5,1,1", np.s_[:2, :], True),
+    ],
+)
+def test_a_picture_of_ones_own_is_completed(
+    keep: str,
+    kept: Any,
+    warned: bool,
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = drawing(tmp_path / "own.png", 4, 4)
+    levels = PixelTokenizer(sample_levels(16)).encode([np.asarray(Image.open(file))[..., None]])[0]
+    config = Config(number=20, classes=["owl"], picture={"file": file, "keep": keep})
+    store = Store.open(sample_folder(pictures, tmp_path / "out", config))
+    made = store.read("tokens")
+    given = np.zeros((4, 4), dtype=bool)
+    given[kept] = True
+    if keep.startswith("outside"):
+        given[2:, 0] = True
+    assert (made == levels)[:, given].all()
+    assert (made != levels)[:, ~given].any(axis=0).all()
+    drawn_before = np.cumsum(~given.ravel()) > 0
+    line = f"{(given.ravel() & drawn_before).sum()} of the {given.sum()} kept elements"
+    assert (line in capsys.readouterr().err) == warned
+    x, cond = torch.from_numpy(made.astype(np.int64)), torch.from_numpy(store.read("class"))
+    expected = load(pictures).log_prob(x, cond).sum(1).detach().numpy()
+    np.testing.assert_allclose(store.read("log_likelihood"), expected, rtol=1e-5)
+    with Image.open(tmp_path / "out/sheet.png") as sheet:  # the picture, then what was made of it
+        first = np.asarray(sheet)[4:68:16, sheet.width - 10 * 68 :][:, :64:16, 0]
+        np.testing.assert_array_equal(first, levels * 17)
+
+
+def test_a_picture_coded_by_an_autoencoder_is_completed(tmp_path: Path) -> None:
+    from chainrule.pipeline.cli_model import sample as command
+    from chainrule.tokenizers.codebooks import Residual
+    from chainrule.tokenizers.vqvae import VQVAESettings, VQVAETokenizer
+
+    torch.manual_seed(0)
+    small: dict[str, Any] = {"dim": 4, "hidden": 8, "residual_width": 4, "codebook_size": 32}
+    settings = VQVAESettings(downsampling=4, quantizer=Residual(depth=2), **small)
+    tokenizer = VQVAETokenizer(settings, 3, (16, 16))
+    shape = {"family": "imagegpt", "vocabulary_size": 32, "context": 32, "event_shape": [4, 8]}
+    model = hand_off(tmp_path / "m", build({**shape, **TINY}, seed=0), tokenizer, grid=[4, 8])
+    file = drawing(tmp_path / "own.png", 40, 16, "RGB")  # cut to its middle, as ingest does
+    command(model, n=6, image=file, keep="top:0.6", out=tmp_path / "out")
+    made = Store.open(tmp_path / "out").read("tokens")
+    with Image.open(file) as whole:
+        middle = np.asarray(whole.crop((0, 12, 16, 28)))
+    codes = tokenizer.encode([middle])[0]
+    np.testing.assert_array_equal(made[:, :2], np.stack([codes[:2]] * 6))
+    assert (made[:, 2:] != codes[2:]).any()
+    # A cell's two codes are kept or drawn together.
+    hole = {"file": file, "keep": "outside:0.3,0,0.5,1"}
+    given = sample.pictured(Config(picture=hole), open_source(model))
+    assert given is not None
+    np.testing.assert_array_equal(given.kept.reshape(4, 8)[0], [1, 1, 0, 0, 1, 1, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("which", "asked", "message"),
+    [
+        ("text", {"file": "own.png"}, "not one of pictures"),
+        ("pictures", {"file": "none.png"}, "none.png: No such file"),
+        (
+            "pictures",
+            {"file": "own.png", "keep": "top:0.2"},
+            "holds no position of a grid of 4 x 4",
+        ),
+        ("pictures", {"file": "own.png", "keep": "left:1"}, "holds every position"),
+        ("pictures", {"file": "broken.png"}, "broken.png: not a picture of a known format"),
+    ],
+)
+def test_pictures_that_cannot_be_completed(
+    which: str,
+    asked: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    drawing(tmp_path / "own.png", 4, 4)
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    config = Config(picture={**asked, "file": tmp_path / asked["file"]})
+    with pytest.raises(SamplingError, match=message):
+        sample_folder(request.getfixturevalue(which), tmp_path / "out", config)
+    for keep in ("top", "top:2", "outside:0.5,0,0.5,1", "right:0.5", "left:0.1,0.2"):
+        with pytest.raises(pydantic.ValidationError, match="keep"):
+            Config(picture={"file": "own.png", "keep": keep})
 
 
 def test_an_array_draws_the_parts_and_main_gathers(pictures: Path, tmp_path: Path) -> None:

@@ -17,6 +17,10 @@ def test_nearest_against_brute_force() -> None:
     np.testing.assert_array_equal(found.index, order)
     np.testing.assert_allclose(found.distance, np.take_along_axis(distance, order, 1), atol=0.05)
     assert found.index[3, 0] == 4321
+    in_parts = nearest(samples, (training[start : start + 70] for start in range(0, 5000, 70)))
+    np.testing.assert_array_equal(in_parts.index, order)
+    few = nearest(samples, iter([training[:1], training[1:2]]))
+    np.testing.assert_array_equal(few.index, np.argsort(distance[:, :2], axis=1))
     assert found.distance[3, 0] < 0.05
 
 

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from chainrule.pipeline import build
 from chainrule.pipeline.models.contract import Autoregressive
+from chainrule.pipeline.models.kv_cache import DecoderCursor
+from chainrule.pipeline.models.ragged import RaggedCursor
 from chainrule.pipeline.sampling.drafts import (
     Draft,
     ModelDraft,
@@ -23,7 +25,7 @@ from chainrule.pipeline.sampling.drafts import (
     Restrict,
     first_layers,
 )
-from chainrule.pipeline.sampling.filters import Filters, Guidance
+from chainrule.pipeline.sampling.filters import Filters, Guidance, guide
 from chainrule.pipeline.sampling.rows import SeparateRows, SharedRows, open_rows
 from chainrule.pipeline.sampling.sampler import (
     PREFILL_COLUMNS,
@@ -96,10 +98,10 @@ def constant(token: int) -> Stub:
     return Stub(lambda row, known, n: [token] * n)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "mistral"])
 @pytest.mark.parametrize("rows", [1, 5])
 def test_greedy_equals_plain_greedy(family: str, rows: int) -> None:
-    model = decoder(40, 20, family=family)
+    model = decoder(40, 20, family=family, **({"window": 7} if family == "mistral" else {}))
     drafts: list[Draft] = [
         ModelDraft(decoder(40, 20, seed=1, family=family)),
         ModelDraft(first_layers(model, 1)),
@@ -118,12 +120,95 @@ def test_greedy_equals_plain_greedy(family: str, rows: int) -> None:
             np.testing.assert_allclose(drawn.log_likelihood, plain.log_likelihood, rtol=1e-5)
 
 
-def exact_pmf(model: Autoregressive, size: int, length: int, rules: Rules) -> dict[tuple, float]:
+OTHERS: dict[str, dict[str, object]] = {
+    "wavenet": {"preset": "wavenet-debug", "event_shape": (14,), "vocabulary_size": 5},
+    "gated-pixelcnn": {
+        "preset": "gated-pixelcnn-debug",
+        "event_shape": (4, 4),
+        "vocabulary_size": 5,
+    },
+    "made": {"preset": "made-debug", "event_shape": (4, 4), "vocabulary_size": 5},
+}
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("family", OTHERS)
+def test_greedy_equals_plain_greedy_with_a_cursor_a_row(family: str, rows: int) -> None:
+    def uneven(seed: int) -> Autoregressive:
+        model = build(OTHERS[family], seed=seed).eval().requires_grad_(False)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in model.parameters():
+            parameter += 0.8 * torch.randn(parameter.shape, generator=generator)
+        return model
+
+    model = uneven(0)
+    length = torch.Size(model.event_shape).numel()
+    assert isinstance(open_rows(model, rows), SeparateRows)
+    known, given = pack_prompts([[row, 2] for row in range(rows)])
+    whole = plan(rows, length, known=known, given=given)
+    rules = Rules(Filters(temperature=0))
+    plain = draw(model, whole, rules)
+    assert len(plain.x[:, 2:].unique()) > 1
+    for draft in (ModelDraft(uneven(1)), NgramDraft(), constant(3), ModelDraft(model)):
+        drawn, _ = speculate(model, draft, whole, rules, FIXED)
+        torch.testing.assert_close(drawn.x, plain.x, rtol=0, atol=0)
+        np.testing.assert_allclose(drawn.log_likelihood, plain.log_likelihood, rtol=1e-4)
+
+
+@pytest.mark.parametrize("in_c", [True, False])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_with_a_window_going_back_costs_nothing(
+    rows: int, in_c: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Greedy, a draft that is never right: every round is fed once, whatever the ring holds."""
+    if not in_c:
+        monkeypatch.setenv("CHAINRULE_NATIVE", "0")
+    model = decoder(300, 11, family="mistral", window=16)
+    prompts = [[row] * (1 + 90 * row) for row in range(rows)]
+    known, given = pack_prompts(prompts)
+    rules = Rules(Filters(temperature=0))
+    whole = plan(rows, 300, known=known, given=given)
+    plain = draw(model, whole, rules)
+    wrong = Stub(lambda row, held, n: ((plain.x[row, len(held) : len(held) + n] + 1) % 11).tolist())
+    fed = []
+
+    def counted(feed):  # type: ignore[no-untyped-def]
+        def noted(self, first, end):  # type: ignore[no-untyped-def]
+            found = feed(self, first, end)
+            fed.append(found.shape[1])
+            return found
+
+        return noted
+
+    for cursor in (DecoderCursor, RaggedCursor):
+        monkeypatch.setattr(cursor, "_feed", counted(cursor._feed))
+    drawn, statistics = speculate(model, wrong, whole, rules, FIXED)
+    torch.testing.assert_close(drawn.x, plain.x, rtol=0, atol=0)
+    np.testing.assert_allclose(drawn.log_likelihood, plain.log_likelihood, rtol=1e-5)
+    assert statistics.accepted == 0
+    longest = max(len(prompt) for prompt in prompts)
+    # Two starts, the prompts, and a round of four for each of the longest row's elements.
+    assert sum(fed) <= 2 + longest + 4 * 300
+    good, _ = speculate(model, ModelDraft(first_layers(model, 1)), whole, rules, Gamma(most=6))
+    torch.testing.assert_close(good.x, plain.x, rtol=0, atol=0)
+
+
+def exact_pmf(
+    model: Autoregressive, size: int, length: int, rules: Rules, label: int | None = None
+) -> dict[tuple, float]:
     """The probability of every sequence under model and rules, from plain conditionals."""
     from chainrule.pipeline.sampling.sampler import log_probs_of, restrict
 
     space = torch.tensor(list(itertools.product(range(size), repeat=length)))
-    log_probs = restrict(log_probs_of(model.conditionals(space)), rules, None)
+    if label is None:
+        log_probs = log_probs_of(model.conditionals(space))
+    else:
+        own, free = (
+            log_probs_of(model.conditionals(space, torch.full((len(space),), cond)))
+            for cond in (label, -1)
+        )
+        log_probs = guide(own, free, rules.guidance.at(torch.arange(length), length))
+    log_probs = restrict(log_probs, rules, None)
     nats = log_probs.gather(-1, space.unsqueeze(-1)).squeeze(-1).double().sum(1)
     return dict(zip(map(tuple, space.tolist()), nats.exp().tolist(), strict=True))
 
@@ -168,6 +253,26 @@ def test_samples_follow_the_exact_distribution(filters: str) -> None:
     drawn, statistics = speculate(model, draft, plan(8_000, 5), rules, FIXED)
     assert 0 < statistics.acceptance < 1
     assert_distributed(drawn.x, exact_pmf(model, 3, 5, rules))
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+@pytest.mark.parametrize("filters", ["plain", "temperature", "top_p"])
+def test_guided_samples_follow_the_exact_distribution(filters: str, schedule: str) -> None:
+    settings = {"classes": 3, "class_dropout": 0.1}
+    model = decoder(4, 3, **settings)  # type: ignore[arg-type]
+    draft = ModelDraft(decoder(4, 3, seed=1, **settings))  # type: ignore[arg-type]
+    guidance = Guidance(scale=4, schedule=schedule)
+    rules = Rules(FILTERS[filters], guidance)
+    cond = torch.full((8_000,), 1)
+    drawn, statistics = speculate(model, draft, plan(8_000, 4, cond=cond), rules, FIXED)
+    assert 0 < statistics.acceptance < 1
+    exact = exact_pmf(model, 3, 4, rules, label=1)
+    assert_distributed(drawn.x, exact)
+    # Without guidance, or with all of it from the first element on, the test would notice.
+    other = Rules(FILTERS[filters], Guidance(scale=1 if schedule == "constant" else 4))
+    wrong, _ = speculate(model, draft, plan(8_000, 4, cond=cond), other, FIXED)
+    with pytest.raises(AssertionError):
+        assert_distributed(wrong.x, exact)
 
 
 def adversary(model: Autoregressive) -> Stub:

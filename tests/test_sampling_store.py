@@ -46,6 +46,9 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert not (tmp_path / PARTS).exists()
     tokens = np.concatenate([values(store.rows(s))["tokens"] for s in range(3)])
     np.testing.assert_array_equal(Store.open(tmp_path).read("tokens"), tokens)
+    store = Store.open(tmp_path)
+    for rows in (range(7, 13), [3, 24, 11], []):
+        np.testing.assert_array_equal(store.read("tokens", rows), tokens[list(rows)])
     group = zarr.open_group(tmp_path / NAME, mode="r")
     assert group.metadata.zarr_format == 3
     assert group["images"].shards == (10, 3, 3, 1)

@@ -231,9 +231,10 @@ class Decoder(Autoregressive):
         them, the last one normalised. Feature t has seen x_<t only."""
         return self._hidden(x, cond, None, keep=True)
 
-    def cursor(self, batch: int, cond: Tensor | None = None) -> Cursor:
+    def cursor(self, batch: int, cond: Tensor | None = None, spare: int = 0) -> Cursor:
+        """With a window, `spare` elements can be forgotten without feeding any again."""
         cond = check_condition(cond, self.config.classes, batch)
-        return DecoderCursor(self, batch, cond)
+        return DecoderCursor(self, batch, cond, spare)
 
     def to_sequence(self, x: Tensor) -> Tensor:
         x = x.flatten(1)

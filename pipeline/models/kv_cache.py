@@ -1,11 +1,12 @@
 """Generation with a Transformer: keys and values of what is known are kept, so that an element
 costs one pass over the weights, however long the event is.
 
-The cache is allocated once: 2 * L * B * K * slots * d numbers, slots = min(T, window). With a
-window it is a ring: the input at position p lies in slot p mod window, over the one that has
-just left the window. Slots further on than the position are never read, so that `rewind` only
+The cache is allocated once: 2 * L * B * K * slots * d numbers, slots = min(T, window + spare).
+With a window it is a ring: the input at position p lies in slot p mod slots, over one that has
+left the window. Slots further on than the position are never read, so that `rewind` only
 moves the position; where a ring has already lost what is needed, the inputs are fed again
-(as few as decide the window: L windows of them).
+(as few as decide the window: L windows of them). With spare slots, which whoever goes back often
+asks for, a ring loses nothing when that many elements are forgotten.
 
 Legend as in decoder.py.
 """
@@ -23,9 +24,13 @@ from chainrule.pipeline.models.native_steps import NativeSteps, steps_of
 
 if TYPE_CHECKING:
     from chainrule.pipeline.models.decoder import Decoder
+    from chainrule.pipeline.models.decoder_config import DecoderConfig
 
 LARGEST_FEED = 1024
 """Inputs fed at once: bounds the memory that attention takes for a long prompt."""
+SPARE = 128
+"""Spare slots of a sampler's ring: it feeds up to 64 inputs at once, of which a row may take
+back all, and may then go back over up to 64 that it knows (sampling/rows.py)."""
 
 
 class KVCache:
@@ -38,14 +43,16 @@ class KVCache:
         kv_heads: int,
         slots: int,
         head_width: int,
-        ring: bool,
+        window: int | None,
         like: Tensor,
     ) -> None:
         shape = (layers, batch, kv_heads, slots, head_width)
         self.keys = torch.empty(shape, dtype=like.dtype, device=like.device)
         self.values = torch.empty_like(self.keys)
         self.slots = slots
-        self.ring = ring
+        self.window = window or slots
+        """Positions that an input sees, its own among them."""
+        self.ring = window is not None
         self.oldest = 0
         """First position that was fed: 0, or later in a ring that had to be fed again."""
 
@@ -64,15 +71,19 @@ class KVCache:
             values[:, :, slot : slot + length] = v
             held = min(first + length, self.slots)
             k, v = keys[:, :, :held], values[:, :, :held]
-            return grouped_attention(q, k, v, self._causal(held, length, q.device))
-        oldest = max(self.oldest, first - self.slots + 1)
+            mask = self._causal(held, length, q.device)
+            if held > self.window:
+                distance = (first - torch.arange(held, device=q.device)) % self.slots
+                mask = (distance < min(self.window, first + 1)).unsqueeze(0)
+            return grouped_attention(q, k, v, mask)
+        oldest = max(self.oldest, first - self.window + 1)
         order = self._slots_of(oldest, first)
         old = len(order)
         k_all = torch.cat([keys[:, :, order], k], dim=2)
         v_all = torch.cat([values[:, :, order], v], dim=2)
         mask = self._causal(old + length, length, q.device)
         if mask is not None:
-            mask = mask & mask.new_ones(mask.shape).triu(old + 1 - self.slots)
+            mask = mask & mask.new_ones(mask.shape).triu(old + 1 - self.window)
         kept = min(length, self.slots)
         order = self._slots_of(first + length - kept, first + length)
         keys[:, :, order] = k[:, :, length - kept :]
@@ -93,7 +104,7 @@ class KVCache:
 def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q k^T / sqrt(d)) v with H/K queries to a key, without repeating the keys.
 
-    q (B, H, t, d), k and v (B, K, n, d), mask (t, n) bool, None only for t = 1.
+    q (B, H, t, d), k and v (B, K, n, d), mask (t, n) bool, None only where t is 1 and sees all.
     """
     batch, heads, length, width = q.shape
     kv_heads = k.shape[1]
@@ -104,10 +115,24 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> T
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=heads != kv_heads)
 
 
-class DecoderCursor(CachedCursor):
-    """Elements known so far and the cache of their keys and values."""
+def ring_window(config: "DecoderConfig") -> int | None:
+    """The window of a model that does not see a whole event, None for others."""
+    return config.window if config.window is not None and config.window < config.context else None
 
-    def __init__(self, model: "Decoder", batch: int, cond: Tensor | None) -> None:
+
+def slots_of(config: "DecoderConfig", spare: int) -> int:
+    """Slots of a cache: of every input, or of a window and those to spare."""
+    window = ring_window(config)
+    return config.context if window is None else min(config.context, window + spare)
+
+
+class DecoderCursor(CachedCursor):
+    """Elements known so far and the cache of their keys and values.
+
+    `spare` slots of a ring let that many elements be forgotten without feeding any again.
+    """
+
+    def __init__(self, model: "Decoder", batch: int, cond: Tensor | None, spare: int = 0) -> None:
         config = model.config
         super().__init__(
             batch,
@@ -117,14 +142,14 @@ class DecoderCursor(CachedCursor):
         )
         self.model = model
         weight = next(model.final_norm.parameters())  # of the dtype that is computed in
-        window = config.window
+        window = ring_window(config)
         self.cache = KVCache(
             config.layers,
             batch,
             config.kv_heads,
-            min(config.context, window or config.context),
+            slots_of(config, spare),
             config.head_width,
-            window is not None and window < config.context,
+            window,
             like=weight,
         )
         discrete = config.vocabulary_size is not None
@@ -136,6 +161,9 @@ class DecoderCursor(CachedCursor):
         )
         self.fed = 0
         """Inputs whose keys and values are kept: the start symbol and elements 0..fed-2."""
+        self._written = 0
+        """Inputs that were ever fed: a ring has lost all before the last `slots` of them."""
+        self._spare = self.cache.slots - self.cache.window
         self._stale = False
         with torch.no_grad():
             self.start = model.start_vector(cond, batch).unsqueeze(1)
@@ -145,6 +173,11 @@ class DecoderCursor(CachedCursor):
     @property
     def nbytes(self) -> int:
         return self.cache.nbytes
+
+    @property
+    def in_c(self) -> bool:
+        """Whether steps are taken in C, which rounds alike in any batch."""
+        return self._native is not None
 
     def _write(self, first: int, x: Tensor) -> None:
         self.elements[:, first : first + x.shape[1]] = x
@@ -167,12 +200,10 @@ class DecoderCursor(CachedCursor):
             h = h + model.positions[first:end]
         cache = self.cache
         length = end - first
-        if (
-            self._native is not None
-            and self.batch * length <= self._native.most
-            and (length == 1 or not cache.ring)
-        ):
-            self.fed = end
+        self._written = max(self._written, end)
+        self.fed = end
+        # In C all inputs are kept before the first one looks back.
+        if self._native is not None and (not cache.ring or length <= self._spare + 1):
             return self._feed_native(self._native, first, length, h)
         rope = model.rope(first, end, h)
 
@@ -181,7 +212,6 @@ class DecoderCursor(CachedCursor):
 
         for block in model.blocks:
             h = block(h, rope, attend)
-        self.fed = end
         parameters: Tensor = model.head(model.final_norm(h))
         return parameters
 
@@ -191,8 +221,7 @@ class DecoderCursor(CachedCursor):
             h,
             [row for row in range(self.batch) for _ in range(length)],
             positions,
-            [position % self.cache.slots for position in positions],
-            [min(position + 1, self.cache.slots) for position in positions],
+            [max(0, position + 1 - self.cache.window) for position in positions],
         )
         return parameters.view(self.batch, length, -1)
 
@@ -219,11 +248,15 @@ class DecoderCursor(CachedCursor):
         # The inputs' keys are kept; the prediction is made again when it is asked for, since
         # whoever rewinds mostly goes on at once with another element.
         self._stale = True
-        window = self.cache.slots
-        lost = self.fed - window
         self.fed = min(self.fed, self.position + 1)
-        if self.cache.ring and lost > max(0, self.position + 1 - window):
-            # A key of layer l depends on the inputs of l windows.
-            reach = self.model.config.layers * (window - 1)
-            self.cache.oldest = max(0, self.position - reach)
-            self.fed = self.cache.oldest
+        cache = self.cache
+        if not cache.ring:
+            return
+        lost = self._written - cache.slots
+        # A key of layer l depends on the inputs of l windows.
+        reach = self.model.config.layers * (cache.window - 1)
+        needed = max(0, self.position - reach)
+        if lost > max(0, self.position + 1 - cache.window) or cache.oldest > needed:
+            cache.oldest = max(0, needed - self._spare)
+            self.fed = cache.oldest
+            self._written = self.position + 1  # what lay beyond is out of sight once that is fed

@@ -229,13 +229,15 @@ static void turn(const float *cos, const float *sin, float *x, int64_t d) {
     }
 }
 
-/* softmax(q k^T / sqrt(d)) v over the first `held` slots. */
+/* softmax(q k^T / sqrt(d)) v over `held` slots from `oldest` on, in the order of positions: they
+   go round a ring of `slots`. */
 INLINE void attend(const float *q, const char *keys, const char *values, int kind, int64_t d,
-                   int64_t held, float *scores, float *out) {
+                   int64_t oldest, int64_t held, int64_t slots, float *scores, float *out) {
     float top = -INFINITY, factor = 1 / sqrtf((float)d), total;
     int64_t size = size_of(kind);
+#define SLOT(s) (oldest + (s) < slots ? oldest + (s) : oldest + (s) - slots)
     for (int64_t s = 0; s < held; s++) {
-        const char *k = keys + s * d * size;
+        const char *k = keys + SLOT(s) * d * size;
         floats acc = {0};
         int64_t i = 0;
         for (; i + 16 <= d; i += 16) acc += load(q, i, FLOAT32) * load(k, i, kind);
@@ -259,7 +261,7 @@ INLINE void attend(const float *q, const char *keys, const char *values, int kin
     for (; i + 64 <= d; i += 64) {
         floats a = {0}, b = a, c = a, e = a;
         for (s = 0; s < held; s++) {
-            const char *v = values + (s * d + i) * size;
+            const char *v = values + (SLOT(s) * d + i) * size;
             a += scores[s] * load(v, 0, kind);
             b += scores[s] * load(v, 16, kind);
             c += scores[s] * load(v, 32, kind);
@@ -272,14 +274,15 @@ INLINE void attend(const float *q, const char *keys, const char *values, int kin
     }
     for (; i + 16 <= d; i += 16) {
         floats a = {0};
-        for (s = 0; s < held; s++) a += scores[s] * load(values + (s * d + i) * size, 0, kind);
+        for (s = 0; s < held; s++) a += scores[s] * load(values + (SLOT(s) * d + i) * size, 0, kind);
         *(floats *)(out + i) = a * total;
     }
     for (; i < d; i++) {
         float y = 0;
-        for (s = 0; s < held; s++) y += scores[s] * load_one(values, s * d + i, kind);
+        for (s = 0; s < held; s++) y += scores[s] * load_one(values, SLOT(s) * d + i, kind);
         out[i] = y * total;
     }
+#undef SLOT
 }
 
 /* This thread's share of n outputs, in whole tiles. */
@@ -305,10 +308,11 @@ int64_t scratch_size(const Model *a, int64_t m, int64_t threads) {
 }
 
 /* h (M, D), embedded, is overwritten; logits (M, P). Input i belongs to row `rows[i]` of the
-   cache, stands at `positions[i]`, is kept in slot `slots[i]` and sees the first `held[i]`. */
+   cache, stands at `positions[i]`, is kept in the slot of that number (round the ring) and sees
+   the inputs from `oldest[i]` to itself: no later one of the call may lie in their slots. */
 void step(const Model *a, int64_t m, int64_t threads, const int64_t *rows,
-          const int64_t *positions, const int64_t *slots, const int64_t *held, int64_t rope_length,
-          float *h, float *scratch, float *logits) {
+          const int64_t *positions, const int64_t *oldest, int64_t rope_length, float *h,
+          float *scratch, float *logits) {
     const int64_t D = a->width, H = a->heads, K = a->kv_heads, d = a->head_width;
     const int64_t F = a->mlp_width, inner = H * d, N = inner + 2 * K * d;
     const int64_t wide = a->activation == SWIGLU ? 2 * F : F;
@@ -344,7 +348,7 @@ void step(const Model *a, int64_t m, int64_t threads, const int64_t *rows,
                     turn(angle, angle + rope_length * d, x, d);
                 }
                 if (head < H) continue;
-                int64_t slot = ((rows[i] * K + head - H) * a->slots + slots[i]) * d;
+                int64_t slot = ((rows[i] * K + head - H) * a->slots + positions[i] % a->slots) * d;
                 for (int64_t j = 0; j < d; j++) {
                     store(keys, slot + j, a->cached, x[j]);
                     store(values, slot + j, a->cached, x[K * d + j]);
@@ -357,10 +361,12 @@ void step(const Model *a, int64_t m, int64_t threads, const int64_t *rows,
                 int64_t start = (rows[i] * K + head / (H / K)) * a->slots * d * size;
                 const float *q = qkv + i * N + head * d;
                 float *out = attended + i * inner + head * d;
+                int64_t from = oldest[i] % a->slots, held = positions[i] - oldest[i] + 1;
+                const char *k = keys + start, *v = values + start;
                 if (a->cached == FLOAT32)
-                    attend(q, keys + start, values + start, FLOAT32, d, held[i], scores, out);
+                    attend(q, k, v, FLOAT32, d, from, held, a->slots, scores, out);
                 else
-                    attend(q, keys + start, values + start, BFLOAT16, d, held[i], scores, out);
+                    attend(q, k, v, BFLOAT16, d, from, held, a->slots, scores, out);
             }
             if (a->block == PARALLEL_TWO_NORMS) normalise(a, layer->mlp_norm, h, m, second);
             BARRIER

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from chainrule.pipeline.models.decoder import Decoder
 
 SOURCE = Path(__file__).with_suffix(".c")
-MOST_INPUTS = {"float32": 32, "bfloat16": 8, "int8": 8}
-"""Inputs in one call, by the kind of the weights: with more, torch's products are faster."""
+MOST_INPUTS = 32
+"""Inputs in one call: more are cut into calls of so many, which bounds the scratch memory. No
+number depends on what goes along in a call, so that a sample is the same in any batch."""
 
 _WEIGHTS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 _NORMS = {"layernorm": 0, "rmsnorm": 1}
@@ -83,7 +84,6 @@ class NativeSteps:
             layer.mlp_out = self._matrix(modules.mlp.output)
         self.rope = model.rope(0, config.context, torch.empty(0))  # float32
         self.outputs = len(weight)
-        self.most = MOST_INPUTS[str(weight.dtype).removeprefix("torch.")]
         self._model = _Model(
             layers=config.layers,
             width=config.width,
@@ -111,20 +111,30 @@ class NativeSteps:
         self._scratch = torch.empty(0)
 
     def __call__(
-        self, h: Tensor, rows: list[int], positions: list[int], slots: list[int], held: list[int]
+        self, h: Tensor, rows: list[int], positions: list[int], oldest: list[int]
     ) -> Tensor:
-        """h (M, D), embedded inputs, to (M, P) float32.
+        """h (..., D), M embedded inputs, to (M, P) float32.
 
-        Input i belongs to row rows[i] of the cache, stands at positions[i], is kept in
-        slots[i] and sees the first held[i] slots.
+        Input i belongs to row rows[i] of the cache, stands at positions[i], is kept in slot
+        positions[i] mod S and sees positions oldest[i]..positions[i]. All of those must still
+        lie in the cache when every input of the call has been kept. A row's inputs come in order.
         """
-        inputs, threads = len(rows), torch.get_num_threads()
         # A copy: the residual stream is added up in place.
-        h = h.to(torch.float32, copy=True).contiguous()
+        h = h.to(torch.float32, copy=True).reshape(len(rows), -1).contiguous()
+        logits = torch.empty(len(rows), self.outputs)
+        for first in range(0, len(rows), MOST_INPUTS):
+            part = slice(first, first + MOST_INPUTS)
+            self._call(h[part], rows[part], positions[part], oldest[part], logits[part])
+        return logits
+
+    def _call(
+        self, h: Tensor, rows: list[int], positions: list[int], oldest: list[int], logits: Tensor
+    ) -> None:
+        """Up to MOST_INPUTS of them; `h` is overwritten, `logits` is written."""
+        inputs, threads = len(rows), torch.get_num_threads()
         size = self._scratch_size(ctypes.byref(self._model), inputs, threads)
         if self._scratch.numel() < size:
             self._scratch = torch.empty(size)
-        logits = torch.empty(inputs, self.outputs)
         numbers = ctypes.c_int64 * inputs
         self._step(
             ctypes.byref(self._model),
@@ -132,14 +142,12 @@ class NativeSteps:
             threads,
             numbers(*rows),
             numbers(*positions),
-            numbers(*slots),
-            numbers(*held),
+            numbers(*oldest),
             self._context,
             h.data_ptr(),
             self._scratch.data_ptr(),
             logits.data_ptr(),
         )
-        return logits
 
     def _norm(self, norm: nn.Module) -> _Norm:
         return _Norm(self._vector(norm.weight), self._vector(getattr(norm, "bias", None)))
@@ -214,6 +222,6 @@ def load() -> ctypes.CDLL | None:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     library.scratch_size.argtypes = [pointer, number, number]
     library.scratch_size.restype = number
-    library.step.argtypes = [pointer, number, number, *[pointer] * 4, number, *[pointer] * 3]
+    library.step.argtypes = [pointer, number, number, *[pointer] * 3, number, *[pointer] * 3]
     library.step.restype = None
     return library

@@ -14,25 +14,32 @@ from torch import Tensor
 from chainrule.pipeline.models.contract import Conditional
 from chainrule.pipeline.models.decoder import Decoder
 from chainrule.pipeline.models.inputs import check_condition, check_values
-from chainrule.pipeline.models.kv_cache import grouped_attention
+from chainrule.pipeline.models.kv_cache import SPARE, grouped_attention, ring_window, slots_of
 from chainrule.pipeline.models.native_steps import steps_of
 
 
 class RaggedCursor:
-    """Rows of `batch` events at their start. ValueError for a model with a sliding window."""
+    """Rows of `batch` events at their start.
+
+    With a window, `advance` takes up to `most` elements at once, and a row can only forget what
+    the ring of its cache has not lost; ValueError beyond.
+    """
 
     def __init__(self, model: Decoder, batch: int, cond: Tensor | None = None) -> None:
         config = model.config
-        if config.window is not None and config.window < config.context:
-            raise ValueError("rows of their own positions need a cache without a sliding window")
         cond = check_condition(cond, config.classes, batch)
         self.model = model
+        self.slots = slots_of(config, SPARE)
+        self.window = ring_window(config) or config.context
+        self.most = self.slots - self.window + 1 if self.slots < config.context else config.context
         weight = next(model.final_norm.parameters())  # of the dtype that is computed in
-        shape = (config.layers, batch, config.kv_heads, config.context, config.head_width)
+        shape = (config.layers, batch, config.kv_heads, self.slots, config.head_width)
         self.keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
         self.values = torch.zeros_like(self.keys)
         self.known = np.zeros(batch, dtype=np.int64)
         """Elements known of each row, (B,)."""
+        self._written = np.zeros(batch, dtype=np.int64)
+        """Inputs ever fed to each row, (B,): a ring has lost all before the last `slots`."""
         with torch.no_grad():
             self._native = steps_of(model, self.keys, self.values)
             start = model.start_vector(cond, batch).unsqueeze(1)
@@ -49,6 +56,8 @@ class RaggedCursor:
         ValueError for elements that are not the model's, and where a row would be fed to the
         last element of its event.
         """
+        if x.shape[1] > self.most:
+            raise ValueError(f"x has {x.shape[1]} elements: the ring takes {self.most} at once")
         if int(self.known.max()) + x.shape[1] >= self.model.config.context:
             raise ValueError(
                 f"x has {x.shape[1]} elements and a row stands at {int(self.known.max())}: nothing "
@@ -65,6 +74,12 @@ class RaggedCursor:
         left = self.known - counts.cpu().numpy()
         if (counts < 0).any() or (left < 0).any():
             raise ValueError(f"counts is {counts.tolist()}: rows hold {self.known.tolist()}")
+        # The next input stands at left + 1 and sees a window, its own position included.
+        if (self._written - self.slots > np.maximum(0, left + 2 - self.window)).any():
+            raise ValueError(
+                f"counts is {counts.tolist()}: a ring of {self.slots} slots has lost what a window "
+                f"of {self.window} needs there"
+            )
         self.known = left
 
     def _feed(self, h: Tensor, first: np.ndarray) -> Tensor:
@@ -72,29 +87,34 @@ class RaggedCursor:
         model = self.model
         batch, length = h.shape[:2]
         positions_np = first[:, None] + np.arange(length)
-        if self._native is not None and positions_np.size <= self._native.most:
+        self._written = np.maximum(self._written, first + length)
+        if self._native is not None:
             at = positions_np.flatten().tolist()
             if model.config.position == "learned":
                 h = h + model.positions[at].view_as(h)
             of_row = np.repeat(np.arange(batch), length).tolist()
-            parameters = self._native(h, of_row, at, at, [position + 1 for position in at])
+            oldest = [max(0, position + 1 - self.window) for position in at]
+            parameters = self._native(h, of_row, at, oldest)
             return parameters.view(batch, length, -1)
         positions = torch.from_numpy(positions_np).to(h.device)
-        held = int(positions_np.max()) + 1
+        held = min(int(positions_np.max()) + 1, self.slots)
         if model.config.position == "learned":
             h = h + model.positions[positions]
         rope = model.rope(0, model.config.context, h)
         if rope is not None:
             rope = rope[:, positions]
-        # Row b's input i sees positions up to its own.
+        # Row b's input i sees a window of positions up to its own.
         slots = torch.arange(held, device=h.device)
-        mask = (slots <= positions.unsqueeze(-1)).unsqueeze(1)
+        distance = (positions.unsqueeze(-1) - slots) % self.slots
+        seen = (positions + 1).clamp(max=self.window).unsqueeze(-1)
+        mask = (distance < seen).unsqueeze(1)
+        into = positions % self.slots
         rows = torch.arange(batch, device=h.device).unsqueeze(1)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             keys, values = self.keys[layer], self.values[layer]
-            keys[rows, :, positions] = k.transpose(1, 2)
-            values[rows, :, positions] = v.transpose(1, 2)
+            keys[rows, :, into] = k.transpose(1, 2)
+            values[rows, :, into] = v.transpose(1, 2)
             return grouped_attention(q, keys[:, :, :held], values[:, :, :held], mask)
 
         for block in model.blocks:

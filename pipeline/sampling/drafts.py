@@ -219,6 +219,11 @@ class NgramDraftSettings(Settings):
     kind: Literal["ngram"] = "ngram"
     longest: int = Field(4, ge=1)
     shortest: int = Field(1, ge=1)
+    corpus: int = Field(
+        0,
+        ge=0,
+        description="elements of the `tokens` input's training split that are searched as well",
+    )
 
     @model_validator(mode="after")
     def _in_order(self) -> "NgramDraftSettings":
@@ -236,10 +241,12 @@ def make_draft(
     settings: ModelDraftSettings | LayersDraftSettings | NgramDraftSettings,
     model: Autoregressive,
     given: Autoregressive | None,
+    corpus: Sequence[Sequence[int]] = (),
 ) -> Draft:
-    """The draft that settings ask for; `given` is the model of the `draft` input."""
+    """The draft that settings ask for; `given` is the model of the `draft` input, `corpus` what
+    an n-gram draft looks through besides the sample itself."""
     if isinstance(settings, NgramDraftSettings):
-        return NgramDraft(settings.longest, settings.shortest)
+        return NgramDraft(settings.longest, settings.shortest, corpus)
     if isinstance(settings, LayersDraftSettings):
         try:
             return ModelDraft(first_layers(model, settings.layers))

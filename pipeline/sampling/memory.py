@@ -7,7 +7,7 @@ pictures are to it are copies.
 Legend: N samples, M training pictures, D numbers a picture.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,20 +26,28 @@ class Neighbours:
     """(N, k) root mean square difference, in grey levels (0 to 255)."""
 
 
-def nearest(samples: np.ndarray, training: np.ndarray, k: int = 3) -> Neighbours:
-    """The k nearest of `training` (M, ...) uint8 to each of `samples` (N, ...) uint8, exactly."""
+def nearest(
+    samples: np.ndarray, training: np.ndarray | Iterable[np.ndarray], k: int = 3
+) -> Neighbours:
+    """The k nearest training pictures to each of `samples` (N, ...) uint8, exactly.
+
+    `training` is (M, ...) uint8, or parts of it one after another, counted on: they need not
+    be in memory together.
+    """
+    if isinstance(training, np.ndarray):
+        training = [training[start : start + 4096] for start in range(0, len(training), 4096)]
     a = torch.from_numpy(samples.reshape(len(samples), -1)).float()
-    k = min(k, len(training))
-    best = torch.full((len(a), k), torch.inf)
-    index = torch.zeros(len(a), k, dtype=torch.long)
-    for start in range(0, len(training), 4096):
-        part = training[start : start + 4096]
+    best = torch.zeros(len(a), 0)
+    index = torch.zeros(len(a), 0, dtype=torch.long)
+    start = 0
+    for part in training:
         b = torch.from_numpy(part.reshape(len(part), -1)).float()
         squared = (a.square().sum(1, keepdim=True) + b.square().sum(1) - 2 * a @ b.T).clamp(min=0)
         both = torch.cat([best, squared], dim=1)
         where = torch.cat([index, (start + torch.arange(len(b))).expand(len(a), -1)], dim=1)
-        best, order = both.topk(k, dim=1, largest=False)
+        best, order = both.topk(min(k, both.shape[1]), dim=1, largest=False)
         index = where.gather(1, order)
+        start += len(b)
     return Neighbours(index.numpy(), (best / a.shape[1]).sqrt().numpy())
 
 

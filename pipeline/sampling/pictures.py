@@ -1,6 +1,7 @@
-"""Samples as files to look at and listen to: a contact sheet, WAV files."""
+"""Samples as files to look at and listen to: contact sheets, WAV files."""
 
 import os
+import re
 import wave
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,16 +12,22 @@ from PIL import Image, ImageDraw, ImageFont
 CELL = 64
 """Small pictures are enlarged (whole pixels, nearest) to at least this many on a side."""
 GAP = 4
+NOTE = 24
+"""Height of a line of words below a sheet."""
+MOST_ROWS = 40
 INK, PAPER = (40, 40, 40), (255, 255, 255)
 
 
 def contact_sheet(
-    images: np.ndarray, rows: Sequence[tuple[str, Sequence[int]]], columns: int = 10
+    images: np.ndarray,
+    rows: Sequence[tuple[str, Sequence[int]]],
+    columns: int = 10,
+    note: str = "",
 ) -> Image.Image:
     """A sheet of `images` (N, H, W, C) uint8, C 1 or 3.
 
     Each row is (what was asked for, indices of its pictures); the label stands before it and
-    at most `columns` pictures are shown. Empty labels take no room.
+    at most `columns` pictures are shown. Empty labels take no room. A `note` stands below.
     """
     height, width, channels = images.shape[1:]
     scale = max(1, -(-CELL // max(height, width)))
@@ -29,10 +36,13 @@ def contact_sheet(
     margin = max(int(font.getlength(label)) for label, _ in rows)
     margin = margin + 3 * GAP if margin else GAP
     shown = min(columns, max(len(indices) for _, indices in rows))
-    sheet = Image.new(
-        "RGB", (margin + shown * (cell_w + GAP), GAP + len(rows) * (cell_h + GAP)), PAPER
-    )
+    width_px, height_px = margin + shown * (cell_w + GAP), GAP + len(rows) * (cell_h + GAP)
+    if note:
+        width_px = max(width_px, int(font.getlength(note)) + 2 * GAP)
+    sheet = Image.new("RGB", (width_px, height_px + (NOTE if note else 0)), PAPER)
     pen = ImageDraw.Draw(sheet)
+    if note:
+        pen.text((GAP, height_px + NOTE / 2 - GAP), note, fill=INK, font=font, anchor="lm")
     for r, (label, indices) in enumerate(rows):
         top = GAP + r * (cell_h + GAP)
         if label:
@@ -47,16 +57,28 @@ def contact_sheet(
 
 
 def sheet_rows(
-    number: int, classes: Sequence[str] | None, columns: int = 10, most_rows: int = 40
-) -> list[tuple[str, list[int]]]:
-    """What a sheet shows: a row a condition asked for, or rows of `columns` without conditions."""
+    number: int, classes: Sequence[str] | None, columns: int = 10
+) -> tuple[list[tuple[str, list[int]]], str]:
+    """What a sheet shows: a row a condition asked for, or rows of `columns` without conditions;
+    at most MOST_ROWS of them. The second is a note on those left out, empty where none is."""
     if classes is None:
-        starts = range(0, number, columns)[:most_rows]
-        return [("", list(range(start, min(start + columns, number)))) for start in starts]
+        starts = range(0, number, columns)[:MOST_ROWS]
+        rows = [("", list(range(start, min(start + columns, number)))) for start in starts]
+        left = max(0, number - MOST_ROWS * columns)
+        return rows, f"{left:,} more samples in the store" if left else ""
     grouped: dict[str, list[int]] = {}
     for index, name in enumerate(classes):
         grouped.setdefault(name, []).append(index)
-    return list(grouped.items())[:most_rows]
+    left = max(0, len(grouped) - MOST_ROWS)
+    return list(grouped.items())[:MOST_ROWS], f"{left:,} more classes in sheets/" if left else ""
+
+
+def file_stems(names: Sequence[str]) -> list[str]:
+    """Names as names of files: no separators, no two alike on any file system."""
+    stems = [re.sub(r"[^\w.-]+", "_", name).strip("._")[:80] or "_" for name in names]
+    if len({stem.casefold() for stem in stems}) == len(stems):
+        return stems
+    return [f"{i:04d}_{stem}" for i, stem in enumerate(stems)]
 
 
 def save_picture(picture: Image.Image, path: Path) -> None:

@@ -5,6 +5,7 @@
 Everything that a model cannot do is refused here, by name, before an element is drawn.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from pydantic import Field, field_validator
 from chainrule.pipeline.config import Settings, nearest, runtime
 from chainrule.pipeline.data.vocabulary import Vocabulary
 from chainrule.pipeline.models.contract import Autoregressive
+from chainrule.pipeline.sampling.completion import Given, Picture
 from chainrule.pipeline.sampling.drafts import DraftSettings
 from chainrule.pipeline.sampling.filters import Filters, Guidance
 from chainrule.pipeline.sampling.sampler import Plan, Rules, SamplingError, pack_prompts
@@ -38,7 +40,7 @@ class Config(Filters):
     classes: list[int | str] | None = Field(
         None,
         min_length=1,
-        description="asked for in turn, by number or name; default: every class of the model",
+        description="asked for in turn, by name or number; default: every class of the model",
     )
     prompts: list[str | list[int]] | None = Field(
         None, min_length=1, description="continued in turn: texts, or lists of token ids"
@@ -46,12 +48,15 @@ class Config(Filters):
     complete: Completion | None = Field(
         None, description="complete samples of the `tokens` input, given their beginnings"
     )
+    picture: Picture | None = Field(
+        None, description="a picture file of which a part is kept and the rest is drawn"
+    )
     length: int | None = Field(
         None, ge=1, description="elements drawn after the prompt; default: as many as fit"
     )
     stop: list[str] = Field([], description="strings that end a text; they are left out of it")
-    end_at: list[str] = Field(
-        ["eos"], description="special tokens that end a sample, where the model has them"
+    end_at: list[str] | None = Field(
+        None, description="special tokens that end a sample; default: eos, where the model has it"
     )
     guidance: Guidance = Guidance()
     draft: DraftSettings | None = Field(
@@ -128,10 +133,15 @@ class Request:
     """Elements after the prompt."""
     begun: list[Beginning] | None = None
     """What the prompts are the beginnings of, where real samples are completed."""
+    given: Given | None = None
+    """A picture of which a part is kept in every sample."""
 
     def plan(self, indices: Sequence[int]) -> Plan:
         prompts = [self.prompts[i % len(self.prompts)] for i in indices]
         known, given = pack_prompts(prompts)
+        if self.given is not None:
+            known = self.given.tokens.expand(len(prompts), -1)
+            given = self.given.kept.expand(len(prompts), -1)
         cond = None
         if self.classes is not None:
             cond = torch.tensor([self.classes[i % len(self.classes)] for i in indices])
@@ -148,10 +158,16 @@ class Request:
         return max(len(prompt) for prompt in self.prompts) + self.length
 
 
-def settle(config: Config, source: Source, begun: Sequence[Beginning] | None = None) -> Request:
+def settle(
+    config: Config,
+    source: Source,
+    begun: Sequence[Beginning] | None = None,
+    given: Given | None = None,
+) -> Request:
     """Compare the settings with the model; SamplingError names what it cannot do.
 
     `begun` are the real samples that `config.complete` asks for; they bring their own class.
+    `given` is the picture that `config.picture` asks for.
     """
     card = source.card
     classes = _classes(config, card)
@@ -161,6 +177,11 @@ def settle(config: Config, source: Source, begun: Sequence[Beginning] | None = N
         classes = [-1 if b.label is None else b.label for b in begun]
     if config.guidance.scale != 1 and classes is None:
         raise SamplingError("guidance: the model has no classes; leave guidance at 1")
+    if config.guidance.scale != 1 and not getattr(source.model.config, "class_dropout", 0.0):
+        raise SamplingError(
+            "guidance: the model was trained with class_dropout 0 and has never seen a sample "
+            "without its class; leave guidance at 1, or train with class_dropout 0.1"
+        )
     prompts = [_prompt(p, source) for p in config.prompts or [[]]]
     if (begun is not None) != (config.complete is not None):
         raise SamplingError("complete: takes a pretokenize artifact as the input `tokens`")
@@ -170,6 +191,8 @@ def settle(config: Config, source: Source, begun: Sequence[Beginning] | None = N
             raise SamplingError("prompts, complete: give one of them")
         share = config.complete.share
         prompts = [b.tokens[: max(1, round(share * len(b.tokens)))].tolist() for b in begun]
+    if given is not None and (config.prompts is not None or begun is not None):
+        raise SamplingError("picture, prompts, complete: give one of them")
     longest = max(len(prompt) for prompt in prompts)
     length = config.length if config.length is not None else source.elements - longest
     if length < 1 or longest + length > source.elements:
@@ -186,17 +209,18 @@ def settle(config: Config, source: Source, begun: Sequence[Beginning] | None = N
     allowed = None
     if card.get("vocabulary"):
         vocabulary = Vocabulary.model_validate(card["vocabulary"])
-        end = tuple(
-            vocabulary.specials[name] for name in config.end_at if name in vocabulary.specials
-        )
+        end = _ends(config, vocabulary.specials)
         allowed = _allowed(vocabulary, source, end)
+    elif config.end_at:
+        raise SamplingError("end_at: the model has no special tokens; leave it out")
     finished = None
     if config.stop:
         if source.modality != "text" or source.tokenizer is None:
             raise SamplingError("stop: stop strings are for text models; leave `stop` out")
         finished = StopStrings(source.tokenizer, config.stop)
     rules = Rules(config.filters, config.guidance, allowed, end, finished)
-    return Request(config, rules, classes, prompts, length, None if begun is None else list(begun))
+    begun = None if begun is None else list(begun)
+    return Request(config, rules, classes, prompts, length, begun, given)
 
 
 def _classes(config: Config, card: Mapping[str, Any]) -> list[int] | None:
@@ -207,19 +231,40 @@ def _classes(config: Config, card: Mapping[str, Any]) -> list[int] | None:
         return None
     if config.classes is None:
         return list(range(len(names)))
-    chosen = []
-    for given in config.classes:
-        if isinstance(given, str):
-            if given not in names:
-                raise SamplingError(f"classes: no class '{given}'{nearest(given, list(names))}")
-            chosen.append(names.index(given))
-        elif 0 <= given < len(names):
-            chosen.append(given)
-        else:
+    return [_class(given, [str(name) for name in names]) for given in config.classes]
+
+
+def _class(given: int | str, names: Sequence[str]) -> int:
+    """The index of a class asked for by name or by number. A name that reads as a number goes
+    before the number; a bare number that could mean either is refused."""
+    name = str(given)
+    number = int(name) if re.fullmatch(r"-?[0-9]+", name) else None
+    if name in names:
+        index = names.index(name)
+        if isinstance(given, int) and given != index and 0 <= given < len(names):
             raise SamplingError(
-                f"classes: no class {given}; the model has {len(names)}, 0 to {len(names) - 1}"
+                f"classes: {given} is the name of class number {index} and the number of class "
+                f"'{names[given]}'; write the name of the one that is meant, in quotes"
             )
-    return chosen
+        return index
+    if number is None:
+        raise SamplingError(f"classes: no class '{given}'{nearest(name, list(names))}")
+    if not 0 <= number < len(names):
+        raise SamplingError(
+            f"classes: no class {number}; the model has {len(names)}, 0 to {len(names) - 1}"
+        )
+    return number
+
+
+def _ends(config: Config, specials: Mapping[str, int]) -> tuple[int, ...]:
+    """The tokens that end a sample."""
+    if config.end_at is None:
+        return (specials["eos"],) if "eos" in specials else ()
+    for name in config.end_at:
+        if name not in specials:
+            known = nearest(name, list(specials)) if specials else "; it has none"
+            raise SamplingError(f"end_at: the model has no special token '{name}'{known}")
+    return tuple(specials[name] for name in config.end_at)
 
 
 def _prompt(prompt: str | list[int], source: Source) -> list[int]:

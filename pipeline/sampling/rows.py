@@ -17,7 +17,7 @@ from chainrule.pipeline.models import native
 from chainrule.pipeline.models.contract import Autoregressive
 from chainrule.pipeline.models.decoder import Decoder
 from chainrule.pipeline.models.ragged import RaggedCursor
-from chainrule.pipeline.sampling.sampler import log_probs_of
+from chainrule.pipeline.sampling.sampler import log_probs_of, open_cursor
 
 
 class Rows(ABC):
@@ -43,9 +43,7 @@ class Rows(ABC):
 def open_rows(model: Autoregressive, batch: int, cond: Tensor | None = None) -> Rows:
     """Rows at the start of `batch` events."""
     if batch > 1 and isinstance(model, Decoder):
-        window, context = model.config.window, model.config.context
-        if window is None or window >= context:
-            return SharedRows(model, batch, cond)
+        return SharedRows(model, batch, cond)
     return SeparateRows(model, batch, cond)
 
 
@@ -55,7 +53,8 @@ class SeparateRows(Rows):
     def __init__(self, model: Autoregressive, batch: int, cond: Tensor | None) -> None:
         self.device = next(model.parameters()).device
         self.cursors = [
-            model.cursor(1, None if cond is None else cond[row : row + 1]) for row in range(batch)
+            open_cursor(model, 1, None if cond is None else cond[row : row + 1])
+            for row in range(batch)
         ]
         self.fed = [[] for _ in range(batch)]
 

@@ -8,10 +8,13 @@ Prompts of different lengths need no padding: every row stands at the same posit
 row that still has prompt at it is given that element instead of a drawn one.
 
 What "the same sample" means: the numbers that decide a draw depend on the sample's seed and
-the position alone. The probabilities they are held against come from batched kernels, whose
-last bits may depend on the batch's shape; for a fixed number of rows a sample is identical
-bit for bit, whatever the other rows are, and for another number of rows it differs only where
-a rounding of 1e-7 moves an edge of the distribution function across a number.
+the position alone. A Transformer's steps in C round alike in any company, in every dtype, so
+that its samples are identical bit for bit however many are drawn together. Elsewhere the
+probabilities come from batched kernels whose last bits may depend on the batch's shape: for a
+fixed number of rows a sample is the same whatever the other rows are; for another number it
+differs, in float32, only where a rounding of 1e-7 moves an edge of the distribution function
+across a number. In 16 bits that happens in every few samples, so that there the number of rows
+is part of what identifies a store (jobs/sample.py).
 
 Legend: B rows, T elements of an event in generation order, V tokens.
 """
@@ -26,7 +29,9 @@ from torch import Tensor
 from chainrule.pipeline.config import RequestError
 from chainrule.pipeline.models import native
 from chainrule.pipeline.models.contract import Autoregressive, Conditional, Cursor
+from chainrule.pipeline.models.decoder import Decoder
 from chainrule.pipeline.models.heads import Categorical
+from chainrule.pipeline.models.kv_cache import SPARE, DecoderCursor
 from chainrule.pipeline.sampling.densities import draw_density
 from chainrule.pipeline.sampling.filters import Filters, Guidance, apply, guide, invert
 from chainrule.pipeline.sampling.uniforms import LANE_COMPONENT, LANE_TOKEN, uniforms
@@ -302,13 +307,26 @@ def _both(x: Tensor, guided: bool) -> Tensor:
 
 
 @native.allowed()
+def open_cursor(model: Autoregressive, batch: int, cond: Tensor | None = None) -> Cursor:
+    """A cursor to draw with: in C where it can be, and quick to go back where there is a window."""
+    if isinstance(model, Decoder):
+        return model.cursor(batch, cond, spare=SPARE)
+    return model.cursor(batch, cond)
+
+
+def same_in_any_batch(model: Autoregressive) -> bool:
+    """Whether not a bit of a sample depends on how many rows are drawn together."""
+    cursor = open_cursor(model, 1)
+    return isinstance(cursor, DecoderCursor) and cursor.in_c
+
+
 def _open(model: Autoregressive, plan: Plan, guided: bool, device: torch.device) -> Cursor:
     if plan.cond is None:
-        return model.cursor(plan.rows)
+        return open_cursor(model, plan.rows)
     cond = plan.cond.to(device)
     if guided:
-        return model.cursor(2 * plan.rows, torch.cat([cond, torch.full_like(cond, -1)]))
-    return model.cursor(plan.rows, cond)
+        return open_cursor(model, 2 * plan.rows, torch.cat([cond, torch.full_like(cond, -1)]))
+    return open_cursor(model, plan.rows, cond)
 
 
 def _advance(cursor: Cursor, chunk: Tensor, guided: bool, event: int) -> Tensor:

@@ -26,7 +26,6 @@ from pydantic import Field
 from torch import Tensor
 
 from chainrule.pipeline.config import Settings
-from chainrule.pipeline.models import native
 from chainrule.pipeline.models.contract import Autoregressive
 from chainrule.pipeline.sampling.drafts import Draft, Proposal
 from chainrule.pipeline.sampling.filters import guide, invert
@@ -39,6 +38,7 @@ from chainrule.pipeline.sampling.sampler import (
     Rules,
     SamplingError,
     check,
+    open_cursor,
     restrict,
 )
 from chainrule.pipeline.sampling.uniforms import LANE_ACCEPT, LANE_TOKEN, uniforms
@@ -47,7 +47,7 @@ from chainrule.pipeline.sampling.uniforms import LANE_ACCEPT, LANE_TOKEN, unifor
 class Gamma(Settings):
     """How many elements are drafted before the model is asked."""
 
-    most: int = Field(4, ge=1, description="elements a draft, at most")
+    most: int = Field(4, ge=1, lt=PREFILL_COLUMNS, description="elements a draft, at most")
     adapt: bool = Field(
         True, description="fewer where the running acceptance says that fewer are faster"
     )
@@ -203,8 +203,7 @@ class _Run:
         if self.guided:
             assert cond is not None
             rows, cond = 2 * rows, torch.cat([cond, torch.full_like(cond, -1)])
-        with native.allowed():
-            first = model.cursor(rows, cond).next
+        first = open_cursor(model, rows, cond).next
         try:
             self.size = first.pmf().shape[-1]
         except TypeError:

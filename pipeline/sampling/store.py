@@ -16,7 +16,7 @@
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,13 +106,20 @@ class Store:
             store._check_part(part, verify)
         return store
 
-    def read(self, name: str) -> np.ndarray:
-        """A whole array of the store."""
+    def read(self, name: str, rows: Sequence[int] | None = None) -> np.ndarray:
+        """An array of the store: the rows named, in their order, or all of them."""
         import zarr
 
         if name not in self.arrays:
             raise StoreError(f"{self.folder / NAME}: no array '{name}'; it has {[*self.arrays]}")
-        return np.asarray(zarr.open_group(self.folder / NAME, mode="r")[name])
+        array: Any = zarr.open_group(self.folder / NAME, mode="r")[name]
+        if rows is None:
+            return np.asarray(array)
+        if isinstance(rows, range) and rows.step == 1:
+            return np.asarray(array[rows.start : rows.stop])
+        if len(rows) == 0:
+            return np.asarray(array[:0])
+        return np.asarray(array.oindex[np.asarray(rows)])
 
     # --- writing ---------------------------------------------------------------------------
 

@@ -17,7 +17,8 @@ from chainrule.pipeline.sampling.speculative import Gamma, speculated
 from chainrule.pipeline.sampling.uniforms import sample_seeds
 
 TAIL = 32
-"""Last tokens decoded to look for a stop string: more than any stop string has."""
+"""Last tokens decoded to look for a stop string, at least. A token has a byte or more, so that a
+string's bytes bound its tokens; the one before it may lose a leading space in decoding."""
 
 
 class Decoder(Protocol):
@@ -37,9 +38,10 @@ class StopStrings:
 
     def __init__(self, tokenizer: Decoder, stop: Sequence[str]) -> None:
         self.tokenizer, self.stop = tokenizer, stop
+        self.tail = max(TAIL, 1 + max(len(s.encode()) for s in stop))
 
     def __call__(self, row: int, drawn: Sequence[int]) -> bool:
-        tail = self.tokenizer.decode([np.asarray(drawn[-TAIL:])])[0]
+        tail = self.tokenizer.decode([np.asarray(drawn[-self.tail :])])[0]
         return any(s in tail for s in self.stop)
 
 
