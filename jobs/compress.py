@@ -9,11 +9,12 @@ What the model was not made for is stored with zstd or raw, and said so (`coding
 
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -22,18 +23,30 @@ from pydantic import Field
 from chainrule.jobs.sample import open_source
 from chainrule.pipeline.artifact import write_json
 from chainrule.pipeline.coding import container
-from chainrule.pipeline.coding.archive import Named, Report, pack, total_ideal_bits, unpack
+from chainrule.pipeline.coding.archive import (
+    Named,
+    Report,
+    pack,
+    promised_bytes,
+    total_ideal_bits,
+    unpack,
+)
 from chainrule.pipeline.coding.blocks import Layout
-from chainrule.pipeline.coding.container import Container, ContainerError
-from chainrule.pipeline.coding.entropy import CodingError
+from chainrule.pipeline.coding.container import Container
+from chainrule.pipeline.coding.entropy import CodingError, quantise
 from chainrule.pipeline.coding.forms import Adapter, Symbols, write_wav
+from chainrule.pipeline.coding.header import ContainerError, Header, Parts
 from chainrule.pipeline.config import RequestError, runtime
 from chainrule.pipeline.data.reader import Sample, Shards
 from chainrule.pipeline.sampling.request import Source
 from chainrule.pipeline.stage import Input, Stage, StageFailed
 
+DType = Literal["float32", "bfloat16"]
+DTYPES = get_args(DType)
 INPUTS = {"model": Input(("handoff",)), "data": Input(("ingest",))}
 SUFFIX = ".cr"
+SHOWN = 16
+"""Digits of a fingerprint that a container keeps and messages show."""
 
 
 class CompressError(RequestError):
@@ -45,7 +58,7 @@ class Config(Layout):
 
     split: Literal["train", "validation"] = "validation"
     limit: int | None = Field(None, ge=1, description="samples, from all over the split")
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: DType = "float32"
     device: str = runtime("auto", description="auto, cpu, cuda, cuda:1, …")
 
     @property
@@ -56,6 +69,12 @@ class Config(Layout):
 def open_adapter(source: Source) -> Adapter:
     """How files become symbols for this model. CompressError for a model that cannot code."""
     model, tokenizer = source.model, source.tokenizer
+    if tokenizer is None and source.card.get("tokenizers"):
+        kinds = ", ".join(str(entry["modality"]) for entry in source.card["tokenizers"])
+        raise CompressError(
+            f"the model is over the tokens of several tokenizers ({kinds}), and a file has those "
+            "of one; compress with a model of one tokenizer"
+        )
     if tokenizer is None:
         raise CompressError(
             "the model folder carries no tokenizer, so it says nothing of files; "
@@ -63,13 +82,18 @@ def open_adapter(source: Source) -> Adapter:
         )
     with torch.no_grad():
         try:
-            model.cursor(1).next.pmf()
+            first = model.cursor(1).next.pmf()
         except TypeError as error:
             raise CompressError(
                 f"the model has no discrete head, and only probabilities can be coded with: {error}"
             ) from None
+        try:
+            quantise(first.float().cpu().numpy().reshape(1, -1))
+        except CodingError as error:
+            raise CompressError(f"the model cannot code anything: {error}") from None
+    classes = len(source.card.get("classes") or [])
     if tokenizer.modality != "image":
-        return Adapter(tokenizer)
+        return Adapter(tokenizer, classes=classes)
     grid = tuple(source.card.get("grid") or model.event_shape)
     shape = grid if math.prod(grid) == source.elements else tuple(model.event_shape)
 
@@ -84,7 +108,7 @@ def open_adapter(source: Source) -> Adapter:
 
     image = np.asarray(tokenizer.decode([np.zeros(shape, dtype=np.int64)])[0])
     h, w, c = image.shape
-    return Adapter(tokenizer, (h, w, c), to_sequence, to_tokens)
+    return Adapter(tokenizer, (h, w, c), to_sequence, to_tokens, classes)
 
 
 def class_chooser(source: Source) -> Callable[[Symbols], int] | None:
@@ -121,10 +145,12 @@ def compress_files(
     device: str = "auto",
     force: bool = False,
     report: Callable[[int], None] = lambda symbols: None,
+    dtype: str = "float32",
 ) -> list[Report]:
     """Write `out`, a container of `files`; a report for each. CompressError and nothing written.
 
     With `verify` the container is decoded, and every byte compared, before it gets its name.
+    The model's folder is kept in it as a hint where it is not for that larger than promised.
     """
     out = Path(out)
     if out.exists() and not force:
@@ -132,7 +158,7 @@ def compress_files(
     if not out.parent.is_dir():
         raise CompressError(f"{out.parent}: no such folder")
     named = [(name, _read(path)) for name, path in zip(_names(files), files, strict=True)]
-    source = open_source(Path(model_folder), device)
+    source = open_source(Path(model_folder), device, dtype)
     adapter = open_adapter(source)
     try:
         header, streams, reports = pack(
@@ -145,19 +171,36 @@ def compress_files(
         )
     except CodingError as error:
         raise CompressError(str(error)) from None
-    header["model"] = {
-        "fingerprint": source.card["fingerprint"],
-        "folder": str(model_folder),
-    }
     temporary = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
-        container.write(temporary, header, streams)
+        write_container(temporary, header, streams, reports, source, model_folder)
         if verify:
             verify_container(temporary, source, adapter, named, reports, report)
         os.replace(temporary, out)
+    except ContainerError as error:
+        raise CompressError(str(error)) from None
     finally:
         temporary.unlink(missing_ok=True)
     return reports
+
+
+def write_container(
+    path: Path,
+    header: Header,
+    streams: Sequence[Parts],
+    reports: Sequence[Report],
+    source: Source,
+    model_folder: Path,
+) -> int:
+    """Write what `pack` gave under `source`, and give its size in bytes."""
+    header.fingerprint = str(source.card["fingerprint"])[:SHOWN]
+    header.folder = str(model_folder)
+    size = container.write(path, header, streams)
+    names = sum(len(os.fsencode(entry.name)) for entry in header.entries)
+    if size > promised_bytes(reports) + names:
+        header.folder = ""
+        size = container.write(path, header, streams)
+    return size
 
 
 def verify_container(
@@ -210,31 +253,26 @@ def decompress_file(
     path: Path,
     model_folder: Path | None = None,
     out: Path | None = None,
-    device: str = "auto",
+    device: str | None = None,
     force: bool = False,
     report: Callable[[int], None] = lambda symbols: None,
 ) -> list[Path]:
     """The container's files, written into the folder `out` (default: the container's own).
 
-    For a container of one file `out` may be a file name with the same suffix. Nothing is
-    written before everything is decoded and compared: CompressError otherwise.
+    For a container of one file `out` may be a file name with the same suffix. `device`: None for
+    the kind of device it was coded on. The model is looked for where it lay, then by its
+    fingerprint below the container's folder and the working directory. Nothing is written before
+    everything is decoded and compared: CompressError otherwise.
     """
     path = Path(path)
     try:
         packed = container.read(path)
-        needs_model = any(e["how"] == "model" for e in packed.header["files"])
-        recorded = packed.header["model"]
-        model_fingerprint, folder = recorded["fingerprint"], Path(recorded["folder"])
-        targets = _targets(packed, out, force)
-    except (KeyError, TypeError) as error:
-        raise CompressError(f"{path}: its header makes no sense ({error!r})") from None
     except ContainerError as error:
         raise CompressError(str(error)) from None
+    targets = _targets(packed, out, force)
     model = adapter = None
-    if needs_model:
-        folder = Path(model_folder) if model_folder is not None else folder
-        dtype = packed.header["contract"]["dtype"]
-        source = _open_same_model(path, folder, model_fingerprint, device, dtype)
+    if any(entry.how == "model" for entry in packed.header.entries):
+        source = _open_same_model(packed, model_folder, device)
         model, adapter = source.model, open_adapter(source)
     try:
         files = unpack(packed, model, adapter, report)
@@ -251,24 +289,50 @@ def decompress_file(
     return targets
 
 
-def _open_same_model(path: Path, folder: Path, fingerprint: str, device: str, dtype: str) -> Source:
-    if not (folder / "card.json").is_file():
+def _open_same_model(packed: Container, given: Path | None, device: str | None) -> Source:
+    """The model that the container was coded under, as it was then; CompressError."""
+    path, header = packed.path, packed.header
+    dtype, kind = header.contract["dtype"], header.contract["device"]
+    if dtype not in DTYPES:
+        raise CompressError(f"{path}: was coded in {dtype!r}; known: {', '.join(DTYPES)}")
+    if device is None and kind == "cuda" and not torch.cuda.is_available():
         raise CompressError(
-            f"{folder}: not a model folder; {path} was coded under the model "
-            f"{fingerprint[:16]}: name its folder with --model"
+            f"{path}: was coded on a GPU ({header.contract['accelerator']}), and none is here; "
+            "--device cpu tries it nevertheless"
         )
-    source = open_source(folder, device, dtype)
-    if not fingerprint or not str(source.card.get("fingerprint")).startswith(fingerprint):
+    folder = Path(given) if given is not None else _folder_of(packed)
+    if folder is None or not (folder / "card.json").is_file():
         raise CompressError(
-            f"{path}: was coded under the model {fingerprint[:16]}, "
-            f"{folder} is {str(source.card.get('fingerprint'))[:16]}"
+            f"{folder or path}: {'not a model folder' if folder else 'its model is not found'}; "
+            f"{path} was coded under the model {header.fingerprint}: name its folder with --model"
+        )
+    source = open_source(folder, device or kind, dtype)
+    found = str(source.card.get("fingerprint"))[:SHOWN]
+    if found != header.fingerprint:
+        raise CompressError(
+            f"{path}: was coded under the model {header.fingerprint}, {folder} is {found}"
         )
     return source
 
 
+def _folder_of(packed: Container) -> Path | None:
+    """Where the container's model lies: where it lay, or up to three folders below the
+    container's folder or the working directory."""
+    hint = packed.header.folder
+    mine = re.compile(rf'"fingerprint":\s*"{packed.header.fingerprint}')
+    if hint and (Path(hint) / "card.json").is_file():
+        return Path(hint)
+    for root in (packed.path.parent, Path()):
+        for depth in range(4):
+            for card in sorted(root.glob("*/" * depth + "card.json")):
+                if mine.search(card.read_text(errors="replace")):
+                    return card.parent
+    return Path(hint) if hint else None
+
+
 def _targets(packed: Container, out: Path | None, force: bool) -> list[Path]:
     """Where each file goes; CompressError for a name that leads elsewhere or is taken."""
-    names = [str(entry["name"]) for entry in packed.header["files"]]
+    names = [entry.name for entry in packed.header.entries]
     for name in names:
         parts = name.split("/")
         if name.startswith("/") or "\0" in name or any(part in ("", ".", "..") for part in parts):
@@ -336,10 +400,8 @@ def main(config: Config, stage: Stage) -> None:
         except CodingError as error:
             raise StageFailed(str(error)) from None
     encoded = time.monotonic()
-    fingerprint = source.card["fingerprint"]
-    header["model"] = {"fingerprint": fingerprint, "folder": str(stage.input("model").folder)}
     path = stage.folder / f"{config.split}{SUFFIX}"
-    size = container.write(path, header, streams)
+    size = write_container(path, header, streams, reports, source, stage.input("model").folder)
     with stage.progress(None, "symbols decoded") as progress:
         verify_container(path, source, adapter, named, reports, progress.update)
     decoded = time.monotonic()
