@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import torch
@@ -43,6 +43,7 @@ from chainrule.pipeline.stage import Input, Stage, StageFailed
 
 DType = Literal["float32", "bfloat16"]
 DTYPES = get_args(DType)
+DEVICES = ("cpu", "cuda", "mps")
 INPUTS = {"model": Input(("handoff",)), "data": Input(("ingest",))}
 SUFFIX = ".cr"
 SHOWN = 16
@@ -60,6 +61,17 @@ class Config(Layout):
     limit: int | None = Field(None, ge=1, description="samples, from all over the split")
     dtype: DType = "float32"
     device: str = runtime("auto", description="auto, cpu, cuda, cuda:1, …")
+
+    def for_files(self) -> Self:
+        """The same, of files that are named; CompressError where a split's choice was set."""
+        wrong = sorted({"split", "limit"} & self.model_fields_set)
+        if wrong:
+            known = sorted(set(type(self).model_fields) - {"split", "limit"})
+            raise CompressError(
+                f"--set {wrong[0]}: chooses documents of a split, in a pipeline; files are named. "
+                f"Known here: {', '.join(known)}"
+            )
+        return self
 
     @property
     def layout(self) -> Layout:
@@ -111,6 +123,17 @@ def open_adapter(source: Source) -> Adapter:
     return Adapter(tokenizer, (h, w, c), to_sequence, to_tokens, classes)
 
 
+def require_device(name: str) -> None:
+    """CompressError for a device that torch does not know or this machine has not."""
+    if name == "auto":
+        return
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first_line = str(error).partition("\n")[0]
+        raise CompressError(f"device {name!r}: not to be had here ({first_line})") from None
+
+
 def class_chooser(source: Source) -> Callable[[Symbols], int] | None:
     """For a model with classes: the class under which an item is cheapest, by its likelihood.
 
@@ -157,6 +180,7 @@ def compress_files(
         raise CompressError(f"{out}: exists; choose another name or pass --force")
     if not out.parent.is_dir():
         raise CompressError(f"{out.parent}: no such folder")
+    require_device(device)
     named = [(name, _read(path)) for name, path in zip(_names(files), files, strict=True)]
     source = open_source(Path(model_folder), device, dtype)
     adapter = open_adapter(source)
@@ -295,11 +319,14 @@ def _open_same_model(packed: Container, given: Path | None, device: str | None) 
     dtype, kind = header.contract["dtype"], header.contract["device"]
     if dtype not in DTYPES:
         raise CompressError(f"{path}: was coded in {dtype!r}; known: {', '.join(DTYPES)}")
+    if kind not in DEVICES:
+        raise CompressError(f"{path}: was coded on {kind!r}; known: {', '.join(DEVICES)}")
     if device is None and kind == "cuda" and not torch.cuda.is_available():
         raise CompressError(
             f"{path}: was coded on a GPU ({header.contract['accelerator']}), and none is here; "
             "--device cpu tries it nevertheless"
         )
+    require_device(device or kind)
     folder = Path(given) if given is not None else _folder_of(packed)
     if folder is None or not (folder / "card.json").is_file():
         raise CompressError(

@@ -189,8 +189,10 @@ def compress(
 ) -> None:
     """Compress files under a model's likelihood; they come back bit for bit."""
     job = job_module("compress")
-    layout = settings("compress", {"adapt": {} if adapt else None}, overrides).layout
-    reports = job.compress_files(model, files, out, verify, layout, force=force)
+    config = settings("compress", {"adapt": {} if adapt else None}, overrides).for_files()
+    reports = job.compress_files(
+        model, files, out, verify, config.layout, config.device, force, dtype=config.dtype
+    )
     for line in job.printed(reports, out.stat().st_size):
         typer.echo(line)
 
@@ -204,7 +206,7 @@ def decompress(
             "--model",
             "-m",
             callback=model_folders,
-            help="The model it was made with (default: where it lay).",
+            help="The model it was made with (default: where it lay, or nearby).",
         ),
     ] = None,
     out: Annotated[
@@ -212,9 +214,13 @@ def decompress(
         typer.Option("--out", "-o", help="Folder for the files (default: the container's own)."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite files.")] = False,
+    device: Annotated[
+        str | None,
+        typer.Option(help="auto, cpu, cuda, … (default: the kind of device it was coded on)."),
+    ] = None,
 ) -> None:
     """Give back the files of a container, or refuse before anything is written."""
-    for path in job_module("compress").decompress_file(container, model, out, force=force):
+    for path in job_module("compress").decompress_file(container, model, out, device, force):
         typer.echo(path)
 
 

@@ -1,5 +1,6 @@
 """Files under a real, small, trained decoder: there and back, refused where they must be."""
 
+import io
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from PIL import Image
 
 from chainrule.jobs import compress
 from chainrule.jobs.compress import CompressError, compress_files, decompress_file
+from chainrule.pipeline import cli
 from chainrule.pipeline.artifact import Artifact
 from chainrule.pipeline.coding import container
 from chainrule.pipeline.coding.archive import contract
@@ -252,6 +254,77 @@ def test_names_that_lead_elsewhere_are_refused(model_folder, tmp_path, name):
     with pytest.raises(CompressError, match="refused"):
         decompress_file(path, model_folder, tmp_path / "in")
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+def run(*arguments) -> tuple[int, str]:
+    """Exit code and what is said of the command, in this process."""
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["chainrule", *map(str, arguments)])
+        patch.setattr(sys, "stderr", said)
+        patch.setattr(cli.signal, "signal", lambda number, handler: None)
+        code = cli._main()
+    return code, said.getvalue()
+
+
+def test_settings_of_compress_are_obeyed_or_refused(model_folder, files, tmp_path):
+    out, back = tmp_path / "one.cr", tmp_path / "back"
+    given = ("compress", model_folder, files[3], "-o", out)
+    for wrong, said in (
+        ("device=nonsense", "'nonsense'"),
+        ("device=cuda:77", "cuda:77"),
+        ("dtype=float8", "dtype"),
+        ("split=train", "--set split"),
+        ("limit=3", "--set limit"),
+        ("row=3", "'row'; did you mean 'rows'"),
+    ):
+        code, message = run(*given, "--set", wrong)
+        assert code == 2, message
+        assert said in message
+        assert "Traceback" not in message
+        assert not out.exists()
+    code, message = run(*given, "--set", "dtype=bfloat16", "--set", "device=cpu", "--set", "rows=2")
+    assert code == 0, message
+    header = container.read(out).header
+    assert header.contract["dtype"] == "bfloat16"
+    assert header.contract["device"] == "cpu"
+    assert header.layout["rows"] == 2
+    code, message = run("decompress", out, "-m", model_folder, "-o", back, "--device", "nonsense")
+    assert code == 2
+    assert "'nonsense'" in message
+    assert not back.exists()
+    assert run("decompress", out, "-m", model_folder, "-o", back, "--device", "cpu")[0] == 0
+    assert (back / "prose.txt").read_bytes() == files[3].read_bytes()
+
+
+def test_the_device_is_the_containers_unless_another_is_asked_for(
+    model_folder, files, tmp_path, monkeypatch
+):
+    out = tmp_path / "one.cr"
+    compress_files(model_folder, files[3:4], out, device="cpu")
+    opened = []
+    original = compress.open_source
+
+    def watched(folder, device, dtype):
+        opened.append(device)
+        return original(folder, "cpu", dtype)
+
+    monkeypatch.setattr(compress, "open_source", watched)
+    decompress_file(out, model_folder, tmp_path / "a.txt")
+    decompress_file(out, model_folder, tmp_path / "b.txt", device="auto")
+    assert opened == ["cpu", "auto"]
+    found = container.read(out)
+    found.header.contract.update(device="cuda", accelerator="NVIDIA H200")
+    container.write(out, found.header, found.streams)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(CompressError, match=r"NVIDIA H200.*--device cpu"):
+        decompress_file(out, model_folder, tmp_path / "c.txt")
+    decompress_file(out, model_folder, tmp_path / "c.txt", device="cpu")
+    for key, wrong in (("device", "meta"), ("dtype", "nonsense")):
+        found.header.contract.update({"device": "cpu", "dtype": "float32", key: wrong})
+        container.write(out, found.header, found.streams)
+        with pytest.raises(CompressError, match=wrong):
+            decompress_file(out, model_folder, tmp_path / "d.txt")
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(
