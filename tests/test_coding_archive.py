@@ -5,6 +5,7 @@ import io
 import struct
 import wave
 import zlib
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 from chainrule.pipeline.coding import container
 from chainrule.pipeline.coding.archive import pack, unpack
 from chainrule.pipeline.coding.blocks import Layout
+from chainrule.pipeline.coding.entropy import CodingError
 from chainrule.pipeline.coding.forms import Adapter, NotForModel
 from chainrule.pipeline.coding.header import (
     _DICTIONARY,
@@ -455,6 +457,7 @@ def setting(path: str, value):
 LIES = [
     ("entries.0.items", [10**12]),
     ("entries.0.items", [1 << 62, 1 << 62]),
+    ("entries.0.items", [70_000_000]),  # its stream could hold them: hours of decoding
     ("entries.0.items", []),
     ("entries.0.items", [399]),
     ("entries.0.items", [1] * 400),
@@ -565,6 +568,32 @@ def test_another_models_floats_are_noticed_and_the_contract_is_named(tmp_path):
     assert unpack(rewritten(path, elsewhere), model, adapter)[0][0] == "a"
 
 
+def test_the_contract_names_every_library_that_takes_part(tmp_path):
+    model, adapter, path = packed(tmp_path)
+    here = container.read(path).header.contract
+    assert here["numpy"] == np.__version__
+    assert here["constriction"] == version("constriction")
+    assert here["torch"] == torch.__version__
+    other = Smooth(258, (64,), mixed=0.1001)
+    for library in ("torch", "numpy", "constriction"):
+        wrong = rewritten(path, setting(f"contract.{library}", "0.0.1"))
+        with pytest.raises(ContainerError, match=f"{library} '0.0.1' there, '"):
+            unpack(wrong, other, adapter)
+        assert unpack(wrong, model, adapter)[0][0] == "a"  # tried, and the digest is right
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("not enough memory\nat 0x0")])
+def test_a_machine_that_cannot_hold_it_refuses(tmp_path, error, monkeypatch):
+    model, adapter, path = packed(tmp_path)
+
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr("chainrule.pipeline.coding.archive.decode", fails)
+    with pytest.raises(ContainerError, match=r"good\.cr: .*more memory.*Error"):
+        unpack(container.read(path), model, adapter)
+
+
 def test_threads_are_those_of_the_encoder_while_decoding(tmp_path):
     model, adapter = bytes_model()
     header, streams, _ = pack(model, adapter, [("a", walk(200).tobytes())], Layout())
@@ -580,3 +609,92 @@ def test_threads_are_those_of_the_encoder_while_decoding(tmp_path):
     )
     assert set(seen) == {before + 1}
     assert torch.get_num_threads() == before
+
+
+# --- files that a model cannot code beside files that it can ------------------------------------
+
+
+class Breaking(Smooth):
+    """Gives no distribution once it has seen the symbol 200."""
+
+    def cursor(self, batch, cond=None):
+        return BreakingCursor(self, batch)
+
+
+class BreakingCursor(SmoothCursor):
+    @property
+    def next(self):
+        conditional = super().next
+        conditional.logits[(self.seen == 200).any(1)] = float("nan")
+        return conditional
+
+
+def test_a_file_on_which_probabilities_are_none_is_stored_the_others_are_coded(tmp_path):
+    low = [walk(400, seed) // 2 for seed in range(4)]
+    bad = low[1].copy()
+    bad[150] = 200
+    files = [("a", low[0].tobytes()), ("bad", bad.tobytes()), ("c", low[2].tobytes())]
+    last = low[3].copy()
+    last[-1] = 200  # after the last symbol nothing is asked of the model
+    files.append(("last", last.tobytes()))
+    model, adapter = Breaking(258, (64,)), Adapter(ByteTokenizer())
+    for layout in ({}, {"rows": 2, "least_row": 100}):
+        back, reports = through_a_container(tmp_path, model, adapter, files, **layout)
+        assert back == files
+        assert [r.how.startswith("model") for r in reports] == [True, False, True, True]
+        assert "not a distribution" in reports[1].why
+    back, reports = through_a_container(tmp_path, model, adapter, files[1:2])
+    assert back == files[1:2]
+
+
+def test_a_model_that_gives_no_distribution_at_all_is_refused():
+    model = Smooth(258, (64,), mixed=float("nan"))
+    with pytest.raises(CodingError, match="not a distribution"):
+        pack(model, Adapter(ByteTokenizer()), [("a", b"abc")], Layout())
+
+
+def test_tokens_outside_the_models_alphabet_are_stored(tmp_path):
+    model = Smooth(100, (64,))
+    files = [("low", (walk(300) // 4).tobytes()), ("high", walk(300).tobytes())]
+    back, reports = through_a_container(tmp_path, model, Adapter(ByteTokenizer()), files)
+    assert back == files
+    assert [r.how.startswith("model") for r in reports] == [True, False]
+    assert "the model's alphabet has 100" in reports[1].why
+
+
+def test_a_large_alphabet_is_coded_and_one_too_large_refused(tmp_path):
+    class Wide(ByteTokenizer):
+        """Bytes far apart in an alphabet of 150,000."""
+
+        kind = "wide"
+
+        def encode(self, batch):
+            return [
+                np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64) * 588
+                for text in batch
+            ]
+
+        def decode(self, batch):
+            return [(tokens // 588).astype(np.uint8).tobytes().decode() for tokens in batch]
+
+    class Rare(Smooth):
+        """The printable characters alone are likely."""
+
+        def cursor(self, batch, cond=None):
+            return RareCursor(self, batch)
+
+    class RareCursor(SmoothCursor):
+        @property
+        def next(self):
+            flat = Decaying(torch.zeros(len(self.seen)), self.model.size, 1.0)
+            flat.logits[:, 32 * 588 : 127 * 588 : 588] += 14
+            flat.logits = flat.logits.log_softmax(-1)
+            return flat
+
+    text = "".join(map(chr, np.random.default_rng(0).integers(32, 127, 300)))
+    files = [("a.txt", text.encode())]
+    back, [report] = through_a_container(tmp_path, Rare(150_000, (64,)), Adapter(Wide()), files)
+    assert back == files
+    assert report.coded_bytes <= 1.001 * report.ideal_bytes + 4
+    with pytest.raises(CodingError, match="V <= 262144"):
+        pack(Smooth((1 << 18) + 1, (64,)), Adapter(Wide()), files, Layout())

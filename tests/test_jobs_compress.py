@@ -382,6 +382,18 @@ def test_a_model_without_a_discrete_head_or_a_tokenizer_is_refused(files, tmp_pa
     folder_of(build("made-mog-debug", seed=0), ByteTokenizer(), tmp_path / "mog")
     with pytest.raises(CompressError, match="no discrete head"):
         compress_files(tmp_path / "mog", files, tmp_path / "x.cr")
+    several = {"tokenizer": None, "tokenizers": [{"modality": "text"}, {"modality": "image"}]}
+    save(trained(steps=1), tmp_path / "both", several)
+    with pytest.raises(CompressError, match=r"several tokenizers \(text, image\)"):
+        compress_files(tmp_path / "both", files, tmp_path / "x.cr")
+    broken = trained(steps=1)
+    with torch.no_grad():
+        for parameter in broken.parameters():
+            parameter.fill_(float("nan"))
+    folder_of(broken, ByteTokenizer(), tmp_path / "broken")
+    with pytest.raises(CompressError, match="cannot code anything: .* not a distribution"):
+        compress_files(tmp_path / "broken", files, tmp_path / "x.cr")
+    assert not (tmp_path / "x.cr").exists()
 
 
 def test_the_stage_codes_the_documents_of_a_split(model_folder, tmp_path):

@@ -39,6 +39,8 @@ Named = tuple[str, bytes]
 LARGER = "larger under the model than under zstd"
 LARGEST_THREADS = 1024
 """Threads that a container may ask for: more of them than a machine gives would end the process."""
+MOST_A_BYTE = 4
+"""Symbols that a byte of text or sound is ever made: one, or a few that stand for no byte."""
 
 
 @dataclass(frozen=True)
@@ -355,6 +357,10 @@ def _decode_items(
     if given and not (len(given) == len(lengths) and -1 <= min(given) <= max(given)
                       < adapter.classes):  # fmt: skip
         raise ContainerError(f"names classes; the model has {adapter.classes}")
+    for entry in entries:
+        claimed = sum(entry.items)
+        if entry.form in ("bytes", "text", "wav") and claimed > MOST_A_BYTE * entry.length:
+            raise ContainerError(f"claims {claimed:,} symbols for {entry.length:,} bytes")
     most = _most_symbols(model, streams)
     if sum(lengths) > most:
         raise ContainerError(f"claims {sum(lengths):,} symbols, more than its bytes can hold")
