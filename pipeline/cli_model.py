@@ -161,15 +161,25 @@ def evaluate(
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder for evaluation.json and pictures.")
     ] = Path("evaluation"),
+    probe: Annotated[
+        bool,
+        typer.Option(
+            "--probe",
+            help="A linear probe of each layer as well (images with labels: needs --data).",
+        ),
+    ] = False,
     overrides: JobSetOption = None,
 ) -> None:
-    """Likelihoods of a model on shards: nats, bits a dimension or byte, beside the baselines."""
+    """Likelihoods of a model on shards: nats, bits a dimension or byte, beside the baselines.
+
+    Killed, it leaves OUT.partial; the same command goes on from there.
+    """
     if tokens is None and data is None:
         raise RequestError("evaluate: give --tokens (a pretokenize artifact) or --data (ingest's)")
-    config = settings("evaluate", {}, overrides)
-    folder = new_folder(out)
-    stage = stage_for("evaluate", folder, {"model": model, "tokens": tokens, "data": data})
-    job_module("evaluate").main(config, stage)
+    if probe and data is None:
+        raise RequestError("evaluate: --probe needs labelled images: give --data (ingest's)")
+    config = settings("evaluate", {"probe": {} if probe else None}, overrides)
+    folder = job_module("evaluate").evaluate_folder(model, out, config, tokens, data)
     typer.echo((folder / "evaluation.json").read_text(), nl=False)
 
 
