@@ -230,7 +230,8 @@ def decompress(
     ] = None,
 ) -> None:
     """Give back the files of a container, or refuse before anything is written."""
-    for path in job_module("compress").decompress_file(container, model, out, device, force):
+    job = job_module_by_verb("decompress")
+    for path in job.decompress_file(container, model, out, device, force):
         typer.echo(path)
 
 

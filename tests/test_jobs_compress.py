@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from chainrule.jobs import compress
-from chainrule.jobs.compress import CompressError, compress_files, decompress_file
+from chainrule.jobs import compress, decompress
+from chainrule.jobs.compress import CompressError, compress_files
+from chainrule.jobs.decompress import decompress_file
 from chainrule.pipeline import cli
 from chainrule.pipeline.artifact import Artifact
 from chainrule.pipeline.coding import container
@@ -192,7 +193,7 @@ def test_another_process_decodes_the_same(model_folder, files, tmp_path):
     compress_files(model_folder, files[3:4], out)
     restored = tmp_path / "again.txt"
     code = (
-        "from pathlib import Path; from chainrule.jobs.compress import decompress_file; "
+        "from pathlib import Path; from chainrule.jobs.decompress import decompress_file; "
         f"decompress_file(Path({str(out)!r}), None, Path({str(restored)!r}))"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=model_folder)
@@ -303,13 +304,13 @@ def test_the_device_is_the_containers_unless_another_is_asked_for(
     out = tmp_path / "one.cr"
     compress_files(model_folder, files[3:4], out, device="cpu")
     opened = []
-    original = compress.open_source
+    original = decompress.open_source
 
     def watched(folder, device, dtype):
         opened.append(device)
         return original(folder, "cpu", dtype)
 
-    monkeypatch.setattr(compress, "open_source", watched)
+    monkeypatch.setattr(decompress, "open_source", watched)
     decompress_file(out, model_folder, tmp_path / "a.txt")
     decompress_file(out, model_folder, tmp_path / "b.txt", device="auto")
     assert opened == ["cpu", "auto"]
