@@ -120,17 +120,6 @@ def open_adapter(source: Source) -> Adapter:
     return Adapter(tokenizer, (h, w, c), to_sequence, to_tokens, classes)
 
 
-def require_device(name: str) -> None:
-    """CompressError for a device that torch does not know or this machine has not."""
-    if name == "auto":
-        return
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first_line = str(error).partition("\n")[0]
-        raise CompressError(f"device {name!r}: not to be had here ({first_line})") from None
-
-
 def class_chooser(source: Source) -> Callable[[Symbols], int] | None:
     """For a model with classes: the class under which an item is cheapest, by its likelihood.
 
@@ -177,7 +166,6 @@ def compress_files(
         raise CompressError(f"{out}: exists; choose another name or pass --force")
     if not out.parent.is_dir():
         raise CompressError(f"{out.parent}: no such folder")
-    require_device(device)
     named = [(name, _read(path)) for name, path in zip(_names(files), files, strict=True)]
     source = open_source(Path(model_folder), device, dtype)
     adapter = open_adapter(source)

@@ -12,7 +12,6 @@ from chainrule.jobs.compress import (
     SHOWN,
     CompressError,
     open_adapter,
-    require_device,
 )
 from chainrule.jobs.sample import open_source
 from chainrule.pipeline.coding import container
@@ -77,7 +76,6 @@ def _open_same_model(packed: Container, given: Path | None, device: str | None) 
             f"{path}: was coded on a GPU ({header.contract['accelerator']}), and none is here; "
             "--device cpu tries it nevertheless"
         )
-    require_device(device or kind)
     folder = Path(given) if given is not None else _folder_of(packed)
     if folder is None or not (folder / "card.json").is_file():
         raise CompressError(
