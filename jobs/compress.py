@@ -1,10 +1,10 @@
 """Code files under a model, and get the same bytes back: the proof of a likelihood.
 
     compress_files      MODEL FILE... -> one container, verified before it takes its name
-    decompress_file     the container -> the files, compared with their checksums first
     main                the stage: the documents of a split, coded and decoded, reported
 
-What the model was not made for is stored with zstd or raw, and said so (`coding/forms.py`).
+What the model was not made for is stored with zstd or raw, and said so (`coding/forms.py`). The
+way back is `decompress.py`.
 """
 
 import math
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import torch
@@ -22,18 +22,29 @@ from pydantic import Field
 from chainrule.jobs.sample import open_source
 from chainrule.pipeline.artifact import write_json
 from chainrule.pipeline.coding import container
-from chainrule.pipeline.coding.archive import Named, Report, pack, total_ideal_bits, unpack
+from chainrule.pipeline.coding.archive import (
+    Named,
+    Report,
+    pack,
+    promised_bytes,
+    total_ideal_bits,
+    unpack,
+)
 from chainrule.pipeline.coding.blocks import Layout
-from chainrule.pipeline.coding.container import Container, ContainerError
-from chainrule.pipeline.coding.entropy import CodingError
+from chainrule.pipeline.coding.entropy import CodingError, quantise
 from chainrule.pipeline.coding.forms import Adapter, Symbols, write_wav
+from chainrule.pipeline.coding.header import ContainerError, Header, Parts
 from chainrule.pipeline.config import RequestError, runtime
 from chainrule.pipeline.data.reader import Sample, Shards
 from chainrule.pipeline.sampling.request import Source
 from chainrule.pipeline.stage import Input, Stage, StageFailed
 
+DType = Literal["float32", "bfloat16"]
+DTYPES = get_args(DType)
 INPUTS = {"model": Input(("handoff",)), "data": Input(("ingest",))}
 SUFFIX = ".cr"
+SHOWN = 16
+"""Digits of a fingerprint that a container keeps and messages show."""
 
 
 class CompressError(RequestError):
@@ -45,8 +56,19 @@ class Config(Layout):
 
     split: Literal["train", "validation"] = "validation"
     limit: int | None = Field(None, ge=1, description="samples, from all over the split")
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: DType = "float32"
     device: str = runtime("auto", description="auto, cpu, cuda, cuda:1, …")
+
+    def for_files(self) -> Self:
+        """The same, of files that are named; CompressError where a split's choice was set."""
+        wrong = sorted({"split", "limit"} & self.model_fields_set)
+        if wrong:
+            known = sorted(set(type(self).model_fields) - {"split", "limit"})
+            raise CompressError(
+                f"--set {wrong[0]}: chooses documents of a split, in a pipeline; files are named. "
+                f"Known here: {', '.join(known)}"
+            )
+        return self
 
     @property
     def layout(self) -> Layout:
@@ -56,6 +78,12 @@ class Config(Layout):
 def open_adapter(source: Source) -> Adapter:
     """How files become symbols for this model. CompressError for a model that cannot code."""
     model, tokenizer = source.model, source.tokenizer
+    if tokenizer is None and source.card.get("tokenizers"):
+        kinds = ", ".join(str(entry["modality"]) for entry in source.card["tokenizers"])
+        raise CompressError(
+            f"the model is over the tokens of several tokenizers ({kinds}), and a file has those "
+            "of one; compress with a model of one tokenizer"
+        )
     if tokenizer is None:
         raise CompressError(
             "the model folder carries no tokenizer, so it says nothing of files; "
@@ -63,13 +91,18 @@ def open_adapter(source: Source) -> Adapter:
         )
     with torch.no_grad():
         try:
-            model.cursor(1).next.pmf()
+            first = model.cursor(1).next.pmf()
         except TypeError as error:
             raise CompressError(
                 f"the model has no discrete head, and only probabilities can be coded with: {error}"
             ) from None
+        try:
+            quantise(first.float().cpu().numpy().reshape(1, -1))
+        except CodingError as error:
+            raise CompressError(f"the model cannot code anything: {error}") from None
+    classes = len(source.card.get("classes") or [])
     if tokenizer.modality != "image":
-        return Adapter(tokenizer)
+        return Adapter(tokenizer, classes=classes)
     grid = tuple(source.card.get("grid") or model.event_shape)
     shape = grid if math.prod(grid) == source.elements else tuple(model.event_shape)
 
@@ -84,7 +117,7 @@ def open_adapter(source: Source) -> Adapter:
 
     image = np.asarray(tokenizer.decode([np.zeros(shape, dtype=np.int64)])[0])
     h, w, c = image.shape
-    return Adapter(tokenizer, (h, w, c), to_sequence, to_tokens)
+    return Adapter(tokenizer, (h, w, c), to_sequence, to_tokens, classes)
 
 
 def class_chooser(source: Source) -> Callable[[Symbols], int] | None:
@@ -121,10 +154,12 @@ def compress_files(
     device: str = "auto",
     force: bool = False,
     report: Callable[[int], None] = lambda symbols: None,
+    dtype: str = "float32",
 ) -> list[Report]:
     """Write `out`, a container of `files`; a report for each. CompressError and nothing written.
 
     With `verify` the container is decoded, and every byte compared, before it gets its name.
+    The model's folder is kept in it as a hint where it is not for that larger than promised.
     """
     out = Path(out)
     if out.exists() and not force:
@@ -132,7 +167,7 @@ def compress_files(
     if not out.parent.is_dir():
         raise CompressError(f"{out.parent}: no such folder")
     named = [(name, _read(path)) for name, path in zip(_names(files), files, strict=True)]
-    source = open_source(Path(model_folder), device)
+    source = open_source(Path(model_folder), device, dtype)
     adapter = open_adapter(source)
     try:
         header, streams, reports = pack(
@@ -145,19 +180,36 @@ def compress_files(
         )
     except CodingError as error:
         raise CompressError(str(error)) from None
-    header["model"] = {
-        "fingerprint": source.card["fingerprint"],
-        "folder": str(model_folder),
-    }
     temporary = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
-        container.write(temporary, header, streams)
+        write_container(temporary, header, streams, reports, source, model_folder)
         if verify:
             verify_container(temporary, source, adapter, named, reports, report)
         os.replace(temporary, out)
+    except ContainerError as error:
+        raise CompressError(str(error)) from None
     finally:
         temporary.unlink(missing_ok=True)
     return reports
+
+
+def write_container(
+    path: Path,
+    header: Header,
+    streams: Sequence[Parts],
+    reports: Sequence[Report],
+    source: Source,
+    model_folder: Path,
+) -> int:
+    """Write what `pack` gave under `source`, and give its size in bytes."""
+    header.fingerprint = str(source.card["fingerprint"])[:SHOWN]
+    header.folder = str(model_folder)
+    size = container.write(path, header, streams)
+    names = sum(len(os.fsencode(entry.name)) for entry in header.entries)
+    if size > promised_bytes(reports) + names:
+        header.folder = ""
+        size = container.write(path, header, streams)
+    return size
 
 
 def verify_container(
@@ -204,87 +256,6 @@ def _read(path: Path) -> bytes:
     ) != after.st_size:
         raise CompressError(f"{path}: changed while it was being read; try again")
     return data
-
-
-def decompress_file(
-    path: Path,
-    model_folder: Path | None = None,
-    out: Path | None = None,
-    device: str = "auto",
-    force: bool = False,
-    report: Callable[[int], None] = lambda symbols: None,
-) -> list[Path]:
-    """The container's files, written into the folder `out` (default: the container's own).
-
-    For a container of one file `out` may be a file name with the same suffix. Nothing is
-    written before everything is decoded and compared: CompressError otherwise.
-    """
-    path = Path(path)
-    try:
-        packed = container.read(path)
-        needs_model = any(e["how"] == "model" for e in packed.header["files"])
-        recorded = packed.header["model"]
-        model_fingerprint, folder = recorded["fingerprint"], Path(recorded["folder"])
-        targets = _targets(packed, out, force)
-    except (KeyError, TypeError) as error:
-        raise CompressError(f"{path}: its header makes no sense ({error!r})") from None
-    except ContainerError as error:
-        raise CompressError(str(error)) from None
-    model = adapter = None
-    if needs_model:
-        folder = Path(model_folder) if model_folder is not None else folder
-        dtype = packed.header["contract"]["dtype"]
-        source = _open_same_model(path, folder, model_fingerprint, device, dtype)
-        model, adapter = source.model, open_adapter(source)
-    try:
-        files = unpack(packed, model, adapter, report)
-    except ContainerError as error:
-        raise CompressError(str(error)) from None
-    for target, (_, data) in zip(targets, files, strict=True):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        try:
-            temporary.write_bytes(data)
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
-    return targets
-
-
-def _open_same_model(path: Path, folder: Path, fingerprint: str, device: str, dtype: str) -> Source:
-    if not (folder / "card.json").is_file():
-        raise CompressError(
-            f"{folder}: not a model folder; {path} was coded under the model "
-            f"{fingerprint[:16]}: name its folder with --model"
-        )
-    source = open_source(folder, device, dtype)
-    if not fingerprint or not str(source.card.get("fingerprint")).startswith(fingerprint):
-        raise CompressError(
-            f"{path}: was coded under the model {fingerprint[:16]}, "
-            f"{folder} is {str(source.card.get('fingerprint'))[:16]}"
-        )
-    return source
-
-
-def _targets(packed: Container, out: Path | None, force: bool) -> list[Path]:
-    """Where each file goes; CompressError for a name that leads elsewhere or is taken."""
-    names = [str(entry["name"]) for entry in packed.header["files"]]
-    for name in names:
-        parts = name.split("/")
-        if name.startswith("/") or "\0" in name or any(part in ("", ".", "..") for part in parts):
-            raise CompressError(f"{packed.path}: holds a file named {name!r}, which is refused")
-    folder = packed.path.parent if out is None else Path(out)
-    one_file = len(names) == 1 and out is not None and not Path(out).is_dir()
-    if one_file and folder.suffix and folder.suffix == Path(names[0]).suffix:
-        targets = [folder]
-    else:
-        targets = [folder / name for name in names]
-    if len(set(targets)) != len(targets):
-        raise CompressError(f"{packed.path}: holds two files of one name")
-    for target in targets:
-        if target.exists() and not force:
-            raise CompressError(f"{target}: exists; name another folder with -o or pass --force")
-    return targets
 
 
 def printed(reports: Sequence[Report], container_bytes: int) -> Iterator[str]:
@@ -336,10 +307,8 @@ def main(config: Config, stage: Stage) -> None:
         except CodingError as error:
             raise StageFailed(str(error)) from None
     encoded = time.monotonic()
-    fingerprint = source.card["fingerprint"]
-    header["model"] = {"fingerprint": fingerprint, "folder": str(stage.input("model").folder)}
     path = stage.folder / f"{config.split}{SUFFIX}"
-    size = container.write(path, header, streams)
+    size = write_container(path, header, streams, reports, source, stage.input("model").folder)
     with stage.progress(None, "symbols decoded") as progress:
         verify_container(path, source, adapter, named, reports, progress.update)
     decoded = time.monotonic()

@@ -9,9 +9,11 @@
     probe: true       a linear probe of each layer of an image Transformer, against raw pixels
                       and the same architecture with random weights (tokens and data with labels)
 
-Every figure of `evaluation.json` is explained in it. Scoring goes on where it was killed.
+Every figure of `evaluation.json` is explained in it. Scoring goes on where it was killed, in a
+pipeline and from the command line.
 """
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -21,8 +23,15 @@ import torch
 from pydantic import Field
 
 from chainrule.jobs.sample import open_source
-from chainrule.pipeline.artifact import Artifact, ArtifactError, require_same
-from chainrule.pipeline.config import Settings, runtime
+from chainrule.pipeline.artifact import (
+    Artifact,
+    ArtifactError,
+    lock,
+    lock_path,
+    partial_folder,
+    require_same,
+)
+from chainrule.pipeline.config import RequestError, Settings, runtime
 from chainrule.pipeline.data.reader import Shards
 from chainrule.pipeline.data.tokens import TokenSet
 from chainrule.pipeline.evaluation import codecs
@@ -52,6 +61,7 @@ from chainrule.pipeline.evaluation.likelihood_figures import (
     put_tokens,
 )
 from chainrule.pipeline.evaluation.linear_probe import probe_model, probe_picture, put_probes
+from chainrule.pipeline.evaluation.request import take_up
 from chainrule.pipeline.evaluation.round_trip import measure_audio, measure_images, measure_texts
 from chainrule.pipeline.models.made import MADE
 from chainrule.pipeline.ranks import chosen_device
@@ -385,23 +395,33 @@ def probe(
     stage.picture(picture)
 
 
+# --- outside a pipeline ------------------------------------------------------------------------
+
+
 def evaluate_folder(
     model: Path,
     out: Path,
     config: Config,
     tokens: Path | None = None,
     data: Path | None = None,
-    samples: Path | None = None,
 ) -> Path:
-    """Figures of a bare model folder on the given artifacts, into a folder of one's own."""
-    given = {"model": model, "tokens": tokens, "data": data, "samples": samples}
-    stage = Stage(
-        name="evaluate",
-        pipeline="",
-        job="evaluate",
-        folder=Path(out),
-        fingerprint="",
-        inputs={role: [Artifact.bare(path)] for role, path in given.items() if path is not None},
-    )
-    main(config, stage)
-    return Path(out)
+    """Figures of a bare model folder on the given artifacts, in the folder `out`.
+
+    The work is done in `<out>.partial`, which a killed run leaves behind: the same request goes
+    on there, another one is refused. RequestError.
+    """
+    out = Path(out).absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RequestError(f"{out}: is there already; name another with --out, or remove it")
+    given = {"model": model, "tokens": tokens, "data": data}
+    inputs = {role: [Artifact.bare(path)] for role, path in given.items() if path is not None}
+    working = partial_folder(out)
+    with lock(working / out.name):
+        resumed = take_up(working, config, inputs)
+        stage = Stage("evaluate", "", "evaluate", working, "", inputs, resumed=resumed)
+        main(config, stage)
+        shutil.rmtree(lock_path(working / out.name).parent)
+        if out.exists():
+            out.rmdir()
+        working.rename(out)
+    return out

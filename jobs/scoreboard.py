@@ -4,7 +4,8 @@
     coded and decoded → scoreboard.json, scoreboard.md, scoreboard.png
 
 A model's row gives its ideal bits (-log2 p) beside its coded bytes, and both with and without
-the bytes of the model itself. The unit is a byte of text, a value of an image (a dimension),
+the bytes of the model itself. Coded bytes are those of the whole container, since a codec's are
+with its headers too. The unit is a byte of text, a value of an image (a dimension),
 a sample of audio.
 """
 
@@ -17,10 +18,15 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field
 
-from chainrule.jobs.compress import class_chooser, named_file, open_adapter, verify_container
+from chainrule.jobs.compress import (
+    class_chooser,
+    named_file,
+    open_adapter,
+    verify_container,
+    write_container,
+)
 from chainrule.jobs.sample import open_source
 from chainrule.pipeline.artifact import Artifact, write_json
-from chainrule.pipeline.coding import container
 from chainrule.pipeline.coding.archive import LARGER, Named, pack
 from chainrule.pipeline.coding.blocks import Layout
 from chainrule.pipeline.config import RequestError, runtime
@@ -34,6 +40,13 @@ INPUTS = {
     "model": Input(("handoff",), many=True, optional=True),
     "data": Input(("ingest",)),
 }
+COLUMNS = {
+    "bytes": "coded, with every header: of a codec its own format's, of a model those of the whole "
+    "container (names, checksums, numeric contract)",
+    "ideal": "-log2 p alone, under the model; what it did not code, as stored",
+    "with the model's bytes": "the same and the model's weights once",
+}
+"""What the figures count, said in `scoreboard.json` and below the table."""
 UNITS = {"text": "bits a byte", "image": "bits/dim", "audio": "bits a sample"}
 
 
@@ -61,8 +74,9 @@ class Row:
     way: str
     """How the data were given: alone, joined, primed; of a model: alone, static or adapting."""
     coded_bytes: int
+    """With every header: of a model the whole container's size."""
     bits: float
-    """A unit (byte, dim, sample), coded."""
+    """A unit (byte, dim, sample), coded: 8 * coded_bytes / units."""
     ideal_bits: float | None = None
     """A unit, -log2 p of the files a model coded plus the rest as stored; None for codecs."""
     model_bytes: int = 0
@@ -138,6 +152,7 @@ def main(config: Config, stage: Stage) -> None:
         "files": len(files.things),
         "unit": unit,
         "units": files.units,
+        "columns": COLUMNS,
         "rows": [asdict(row) for row in rows],
     }
     write_json(stage.folder / "scoreboard.json", about)
@@ -228,10 +243,9 @@ def model_row(config: Config, artifact: Artifact, files: Files, folder: Path) ->
             f"{artifact.folder}: codes none of the {len(reports)} files; "
             f"{stored[0].name}: {stored[0].why}"
         )
-    header["model"] = {"fingerprint": source.card["fingerprint"], "folder": str(artifact.folder)}
     path = folder / ".scoreboard.cr"
     try:
-        size = container.write(path, header, streams)
+        size = write_container(path, header, streams, reports, source, artifact.folder)
         verify_container(path, source, adapter, files.named, reports)
     finally:
         path.unlink(missing_ok=True)
@@ -269,6 +283,7 @@ def table(rows: Sequence[Row], unit: str) -> str:
             f"| {row.name} | {row.way} | {row.bits:.3f} | {ideal} | {heavy} | "
             f"{row.coded_bytes:,} | {row.encode_per_second:,.0f} | {decode} | {row.stored or ''} |"
         )
+    lines += ["", *(f"- {name}: {meaning}" for name, meaning in COLUMNS.items())]
     return "\n".join(lines) + "\n"
 
 

@@ -182,15 +182,25 @@ def evaluate(
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Folder for evaluation.json and pictures.")
     ] = Path("evaluation"),
+    probe: Annotated[
+        bool,
+        typer.Option(
+            "--probe",
+            help="A linear probe of each layer as well (images with labels: needs --data).",
+        ),
+    ] = False,
     overrides: JobSetOption = None,
 ) -> None:
-    """Likelihoods of a model on shards: nats, bits a dimension or byte, beside the baselines."""
+    """Likelihoods of a model on shards: nats, bits a dimension or byte, beside the baselines.
+
+    Killed, it leaves OUT.partial; the same command goes on from there.
+    """
     if tokens is None and data is None:
         raise RequestError("evaluate: give --tokens (a pretokenize artifact) or --data (ingest's)")
-    config = settings("evaluate", {}, overrides)
-    folder = new_folder(out)
-    stage = stage_for("evaluate", folder, {"model": model, "tokens": tokens, "data": data})
-    job_module("evaluate").main(config, stage)
+    if probe and data is None:
+        raise RequestError("evaluate: --probe needs labelled images: give --data (ingest's)")
+    config = settings("evaluate", {"probe": {} if probe else None}, overrides)
+    folder = job_module("evaluate").evaluate_folder(model, out, config, tokens, data)
     typer.echo((folder / "evaluation.json").read_text(), nl=False)
 
 
@@ -210,8 +220,10 @@ def compress(
 ) -> None:
     """Compress files under a model's likelihood; they come back bit for bit."""
     job = job_module("compress")
-    layout = settings("compress", {"adapt": {} if adapt else None}, overrides).layout
-    reports = job.compress_files(model, files, out, verify, layout, force=force)
+    config = settings("compress", {"adapt": {} if adapt else None}, overrides).for_files()
+    reports = job.compress_files(
+        model, files, out, verify, config.layout, config.device, force, dtype=config.dtype
+    )
     for line in job.printed(reports, out.stat().st_size):
         typer.echo(line)
 
@@ -225,7 +237,7 @@ def decompress(
             "--model",
             "-m",
             callback=model_folders,
-            help="The model it was made with (default: where it lay).",
+            help="The model it was made with (default: where it lay, or nearby).",
         ),
     ] = None,
     out: Annotated[
@@ -233,9 +245,14 @@ def decompress(
         typer.Option("--out", "-o", help="Folder for the files (default: the container's own)."),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite files.")] = False,
+    device: Annotated[
+        str | None,
+        typer.Option(help="auto, cpu, cuda, … (default: the kind of device it was coded on)."),
+    ] = None,
 ) -> None:
     """Give back the files of a container, or refuse before anything is written."""
-    for path in job_module("compress").decompress_file(container, model, out, force=force):
+    job = job_module_by_verb("decompress")
+    for path in job.decompress_file(container, model, out, device, force):
         typer.echo(path)
 
 

@@ -2,9 +2,10 @@
 
 import hashlib
 import io
-import json
 import struct
 import wave
+import zlib
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -14,8 +15,19 @@ from PIL import Image
 from chainrule.pipeline.coding import container
 from chainrule.pipeline.coding.archive import pack, unpack
 from chainrule.pipeline.coding.blocks import Layout
-from chainrule.pipeline.coding.container import ContainerError
+from chainrule.pipeline.coding.entropy import CodingError
 from chainrule.pipeline.coding.forms import Adapter, NotForModel
+from chainrule.pipeline.coding.header import (
+    _DICTIONARY,
+    LARGEST_HEADER,
+    WORDS,
+    ContainerError,
+    Entry,
+    Header,
+    _typical,
+    fold_header,
+    unfold_header,
+)
 from chainrule.pipeline.models.contract import Autoregressive, Conditional, Cursor
 from chainrule.tokenizers.bytes import ByteTokenizer
 from chainrule.tokenizers.mulaw import MuLawSettings, MuLawTokenizer
@@ -194,8 +206,6 @@ def test_images_come_back(tmp_path, channels):
 
 
 def _foreign_png(array: np.ndarray) -> bytes:
-    import zlib
-
     def chunk(kind, body):
         crc = struct.pack(">I", zlib.crc32(kind + body))
         return struct.pack(">I", len(body)) + kind + body + crc
@@ -234,7 +244,7 @@ def test_recordings_come_back_to_the_sample(tmp_path, bits):
     assert back == files
     assert reports[0].how == "model (wav)"
     header = container.read(tmp_path / "files.cr").header
-    extras = {file["name"]: file.get("extra") for file in header["files"]}
+    extras = {entry.name: entry.extra for entry in header.entries}
     assert extras["tone.wav"] == 0
     assert extras["tail.wav"] == 44 + 12
     assert reports[0].coded_bytes <= reports[0].ideal_bytes * 1.001 + 64
@@ -279,6 +289,116 @@ def test_text_through_sentencepiece_is_exact_or_not_for_the_model(normalization)
         adapter.split(b"\xff\xfe")
 
 
+# --- the container's own bytes ----------------------------------------------------------------
+
+GPU = {
+    "threads": 72,
+    "device": "cuda",
+    "accelerator": "NVIDIA H100 80GB HBM3",
+    "machine": "aarch64",
+    "instructions": "SVE128",
+    "torch": "2.9.1+cu128",
+    "numpy": "2.3.5",
+    "constriction": "0.4.2",
+}
+
+
+def npy(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+def one_of_each():
+    """(model, adapter, file) of every form, each as its usual programs write it."""
+    grey, colours = image_model(1), image_model(3)
+    tone = np.random.default_rng(0).normal(9000 * np.sin(np.arange(900) / 40), 300)
+    recording = wav(tone.astype(np.int16))
+    yield "bytes", *bytes_model(), ("a note.txt", walk(700).tobytes())
+    yield "a byte", *bytes_model(), ("x", walk(1).tobytes())
+    yield "grey png", *grey, ("00001.png", png(walk(64).reshape(8, 8)))
+    yield "png of tiles", *grey, ("00001.png", png(walk(576).reshape(24, 24), level=9))
+    yield "colour png", *colours, ("00001.png", png(walk(192).reshape(8, 8, 3)))
+    yield "npy", *colours, ("00001.npy", npy(walk(192).reshape(8, 8, 3)))
+    yield "ppm", *colours, ("1.ppm", b"P6\n8 8\n255\n" + walk(192).tobytes())
+    for bits in (8, 16):
+        tokenizer = MuLawTokenizer(MuLawSettings(bits=bits), sample_rate=8000)
+        model = Smooth(256, (100,), lag=bits // 8)
+        yield f"wav {bits}", model, Adapter(tokenizer), ("00001.wav", recording)
+
+
+@pytest.mark.parametrize("contract", [{}, GPU], ids=["here", "gpu"])
+def test_the_container_of_one_file_is_the_models_bits_and_64_bytes(tmp_path, contract):
+    path = tmp_path / "one.cr"
+    for what, model, adapter, (name, data) in one_of_each():
+        header, streams, [report] = pack(model, adapter, [(name, data)], Layout())
+        header.contract.update(contract)
+        size = container.write(path, header, streams)
+        assert size == path.stat().st_size
+        if what != "a byte":
+            assert report.how.startswith("model"), what
+        ideal = report.coded_bytes if report.ideal_bytes is None else report.ideal_bytes
+        assert size <= 1.001 * ideal + 64 + len(name.encode()), what
+        assert container.read(path).header.contract == header.contract
+        assert unpack(container.read(path), model, adapter) == [(name, data)]
+
+
+def test_a_container_of_many_files_adds_a_few_bytes_to_each(tmp_path):
+    pictures = [(f"{i:08d}.png", png(walk(64, i).reshape(8, 8))) for i in range(300)]
+    recordings = [(f"{i:08d}.txt", walk(300 + i, i).tobytes()) for i in range(300)]
+    path = tmp_path / "many.cr"
+    for (model, adapter), files in (
+        (image_model(1), pictures),
+        (bytes_model(), recordings),
+    ):
+        header, streams, reports = pack(model, adapter, files, Layout())
+        size = container.write(path, header, streams)
+        assert unpack(container.read(path), model, adapter) == files
+        assert sum(r.how.startswith("model") for r in reports) > 290
+        beside = size - sum(r.coded_bytes for r in reports)
+        assert beside <= 64 + 6 * len(files)  # names included
+
+
+def test_headers_of_every_kind_are_read_as_they_were_written():
+    entries = [
+        Entry("a/b c\udcff.bin", 0, "raw"),
+        Entry("", 7, "zstd"),
+        Entry("ü", 1 << 40, "model", "png", "pixels", {"level": None, "x": [1, "y"]}, 9, [5, 0]),
+        Entry("ü", 3, "model", "png", "pixels", {"level": None, "x": [1, "y"]}, 0, [1 << 50]),
+    ]
+    streams = [(b"", b"", b""), (b"zz", b"", b""), (b"s", b"places", b"e"), (b"", b"", b"")]
+    for changed in ({}, GPU, {"torch": "2.14.0a0+git123", "accelerator": "an own", "dtype": "x"}):
+        contract = {**GPU, "dtype": "bfloat16", "device": "cpu", "accelerator": "", **changed}
+        for classes in ([[], []], [[3, -1], [0]]):
+            entries[2].classes, entries[3].classes = classes
+            layout = Layout(rows=3, adapt={"every": 7}).model_dump(mode="json")
+            header = Header(contract, layout, [0, 65535, 7], entries, folder="runs/x/model")
+            read, parts = unfold_header(fold_header(header, streams) + b"zzsplacese")
+            assert read == header
+            assert parts == streams
+    with pytest.raises(ContainerError, match="no file name"):
+        fold_header(Header(contract, {}, [], [Entry("a\0b", 0, "raw")]), [(b"", b"", b"")])
+
+
+def test_the_dictionary_of_format_3_stays_what_it_is():
+    """Another dictionary reads other headers: a change of it is another `FORMAT`."""
+    assert container.FORMAT == 3
+    digest = hashlib.sha256(repr((WORDS, _DICTIONARY)).encode()).hexdigest()
+    assert digest[:16] == "eae58c185fcf0468"
+
+
+def test_other_formats_are_refused_by_name(tmp_path):
+    _, _, path = packed(tmp_path)
+    good = path.read_bytes()
+    for written in (2, 7):
+        path.write_bytes(good[:4] + bytes([written]) + good[5:])
+        with pytest.raises(ContainerError, match=f"format {written}; this version reads 3"):
+            container.read(path)
+    path.write_bytes(b"\x89CRL\r\n\x1a\n" + bytes(100))
+    with pytest.raises(ContainerError, match="format 1; this version reads 3"):
+        container.read(path)
+
+
 def packed(tmp_path):
     model, adapter = bytes_model()
     data = walk(400).tobytes()
@@ -310,73 +430,128 @@ def test_every_damaged_container_is_refused(tmp_path):
     assert refused > 300
 
 
-@pytest.mark.parametrize("kind", ["bytes", "png"])
-def test_a_container_is_little_more_than_its_streams(tmp_path, kind):
-    """One file: the ideal size, 0.1 % and 64 bytes, beside its name and the model's folder.
-    Many: 18 bytes each, their numbers in the names included."""
-    model, adapter = image_model(1) if kind == "png" else bytes_model()
-    if kind == "png":
-        contents = [png(walk(64, i).reshape(8, 8).astype(np.uint8)) for i in range(100)]
-    else:
-        contents = [walk(400, i).astype(np.uint8).tobytes() for i in range(100)]
-    files = [(f"{i:05d}", data) for i, data in enumerate(contents)]
-    folder = "runs/some-pipeline/model"
-    for some, room in ((files[:1], 64 + len(files[0][0]) + len(folder)), (files, 18 * len(files))):
-        header, streams, reports = pack(model, adapter, some, Layout())
-        assert {report.how.partition(" ")[0] for report in reports} == {"model"}
-        header["model"] = {"fingerprint": hashlib.sha256(b"m").hexdigest(), "folder": folder}
-        size = container.write(tmp_path / "x.cr", header, streams)
-        assert size == (tmp_path / "x.cr").stat().st_size
-        assert size <= sum(report.ideal_bytes for report in reports) * 1.001 + room
-        assert unpack(container.read(tmp_path / "x.cr"), model, adapter) == some
-
-
-def test_an_older_container_is_refused_by_its_format(tmp_path):
-    (tmp_path / "old.cr").write_bytes(b"\x89CRL\r\n\x1a\n" + bytes(100))
-    with pytest.raises(ContainerError, match="container format 1; this version reads 2"):
-        container.read(tmp_path / "old.cr")
-
-
 def rewritten(path, change):
     """A container whose header was changed by someone who can compute a checksum."""
     found = container.read(path)
-    header = json.loads(json.dumps(found.header))
-    change(header)
+    change(found.header)
     other = path.with_name("hostile.cr")
-    del header["sizes"]
-    container.write(other, header, found.streams)
+    container.write(other, found.header, found.streams)
     return container.read(other)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda h: h["coded"].update(lengths=[10**12]),
-        lambda h: h["coded"].update(lengths=[-5]),
-        lambda h: h["coded"].update(owners=[7]),
-        lambda h: h["coded"].update(owners=[]),
-        lambda h: h["coded"].update(lengths=[399]),
-        lambda h: h.pop("coded"),
-        lambda h: h.pop("layout"),
-        lambda h: h.update(layout={"rows": 0}),
-        lambda h: h.update(files=None),
-        lambda h: h["files"][0].update(stream=50),
-        lambda h: h["files"][0].update(form="executable"),
-        lambda h: h["files"][0].update(sha256="0" * 64),
-        lambda h: h["files"][0].update(sha256=""),
-        lambda h: h.update(originals="0" * 64),
-        lambda h: h["contract"].update(threads=0),
-        lambda h: h["contract"].update(threads=10**9),
-        lambda h: h["files"][1].update(length=10),
-        lambda h: h["files"][1].update(how="raw"),
-        lambda h: h["files"][1].update(how="model"),
-        lambda h: h.pop("contract"),
-    ],
-)
-def test_a_header_that_lies_is_refused(tmp_path, change):
-    model, adapter, path = packed(tmp_path)
+def setting(path: str, value):
+    """A change of the header: `path` is attributes and indices, like entries.0.length."""
+
+    def change(header):
+        *way, last = path.split(".")
+        for step in way:
+            header = header[int(step)] if step.isdecimal() else getattr(header, step)
+        if isinstance(header, dict):
+            header[last] = value
+        else:
+            setattr(header, last, value)
+
+    return change
+
+
+LIES = [
+    ("entries.0.items", [10**12]),
+    ("entries.0.items", [1 << 62, 1 << 62]),
+    ("entries.0.items", [70_000_000]),  # its stream could hold them: hours of decoding
+    ("entries.0.items", []),
+    ("entries.0.items", [399]),
+    ("entries.0.items", [1] * 400),
+    ("entries.0.classes", [3]),
+    ("entries.0.form", "executable"),
+    ("entries.0.form", "png"),
+    ("entries.0.form", "wav"),
+    ("entries.0.how", "zstd"),
+    ("entries.0.length", 401),
+    ("entries.0.name", "c"),
+    ("entries.1.length", 10),
+    ("entries.1.length", 1 << 62),
+    ("entries.1.how", "model"),
+    ("layout.rows", 0),
+    ("layout.rows", "many"),
+    ("layout.overlap", 7),
+    ("layout.least_row", 10),
+    ("layout.adapt", {"every": 1}),
+    ("contract.threads", 0),
+    ("contract.threads", 1 << 40),
+    ("digest", bytes(8)),
+]
+
+
+@pytest.mark.parametrize(("path", "value"), LIES, ids=lambda v: str(v)[:24])
+def test_a_header_that_lies_is_refused(tmp_path, path, value):
+    model, adapter, good = packed(tmp_path)
     with pytest.raises(ContainerError, match="hostile.cr"):
-        unpack(rewritten(path, change), model, adapter)
+        unpack(rewritten(good, setting(path, value)), model, adapter)
+
+
+def signed(body: bytes) -> bytes:
+    """Bytes as a container whose checksum is right."""
+    return body + hashlib.sha256(body).digest()[: container.CHECKSUM]
+
+
+def test_damage_under_a_right_checksum_is_refused_or_harmless(tmp_path):
+    """Header, digest and streams changed by someone who can compute a checksum."""
+    model, adapter = bytes_model()
+    files = [("a", walk(60).tobytes()), ("b", b"\0" * 900)]
+    header, streams, _ = pack(model, adapter, files, Layout())
+    path = tmp_path / "good.cr"
+    container.write(path, header, streams)
+    body = path.read_bytes()[: -container.CHECKSUM]
+    head = 5 + container.KEPT  # magic, format and the model's fingerprint, which `unpack` is given
+    rng = np.random.default_rng(0)
+    refused = 0
+    for i in range(900):
+        case = bytearray(body)
+        at = int(rng.integers(head, len(body)))
+        if i % 3 == 0:
+            case[at] ^= 1 << int(rng.integers(8))
+        elif i % 3 == 1:
+            del case[at : at + int(rng.integers(1, 9))]
+        else:
+            case[at : at + 4] = rng.bytes(4)
+        try:
+            found = container.parse(path, signed(bytes(case)))
+            assert unpack(found, model, adapter) == files
+        except ContainerError as error:
+            assert path.name in str(error)  # noqa: PT017
+            refused += 1
+    assert refused > 800
+
+
+def hostile_headers():
+    """Unfolded headers that claim the world, or end where they should not."""
+    start = _typical(1, "AVX2")
+    whole = b'[{"rows":64},0,[["raw"]]]\0'
+    yield b""
+    yield start
+    yield start + b"[" * 100_000 + b"\0"
+    yield start + b"{}\0"
+    yield start + b"[{},0,3]\0\1\0"
+    yield start + b'[{},0,[["raw",1]]]\0\1\0\1\0x\0'
+    yield start + b'[{},0,[["model","png","bytes",3,0,0]]]\0\1\0\1\0x\0'
+    yield start + whole + b"\xff" * 8 + b"\x7f"  # 2**63 files
+    yield start + whole + b"\xff" * 20
+    yield start + whole + b"\xff\xff\xff\x07" + bytes(1000)
+    yield start + whole + b"\1\5\0\0x\0"  # a manner that is none
+    yield start + whole + b"\1\0\0\xff\xff\3x\0"  # checks
+    yield start + whole + b"\1\0\0\0x"  # no folder
+    yield start + whole + b"\1\0\0\0x\0y\0z"
+    yield bytes([3, 99]) + start[2:] + whole
+    yield bytes(LARGEST_HEADER + 1)
+
+
+@pytest.mark.parametrize("data", list(hostile_headers()), ids=range(16))
+def test_headers_that_claim_the_world_are_refused(tmp_path, data):
+    deflater = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zdict=_DICTIONARY)
+    folded = deflater.compress(data) + deflater.flush()
+    body = container.MAGIC + bytes([container.FORMAT]) + bytes(2 * container.KEPT) + folded
+    with pytest.raises(ContainerError, match=r"x\.cr: its header cannot be read"):
+        container.parse(tmp_path / "x.cr", signed(body))
 
 
 def test_another_models_floats_are_noticed_and_the_contract_is_named(tmp_path):
@@ -385,12 +560,38 @@ def test_another_models_floats_are_noticed_and_the_contract_is_named(tmp_path):
     other = Smooth(258, (64,), mixed=0.1001)
 
     def elsewhere(header):
-        header["contract"].update(torch="2.9.0", instructions="AVX2")
+        header.contract.update(torch="2.9.0", instructions="AVX2")
 
     with pytest.raises(ContainerError, match=r"torch '2\.9\.0' there"):
         unpack(rewritten(path, elsewhere), other, adapter)
     # the same floats under another contract are fine: the checksums decide
     assert unpack(rewritten(path, elsewhere), model, adapter)[0][0] == "a"
+
+
+def test_the_contract_names_every_library_that_takes_part(tmp_path):
+    model, adapter, path = packed(tmp_path)
+    here = container.read(path).header.contract
+    assert here["numpy"] == np.__version__
+    assert here["constriction"] == version("constriction")
+    assert here["torch"] == torch.__version__
+    other = Smooth(258, (64,), mixed=0.1001)
+    for library in ("torch", "numpy", "constriction"):
+        wrong = rewritten(path, setting(f"contract.{library}", "0.0.1"))
+        with pytest.raises(ContainerError, match=f"{library} '0.0.1' there, '"):
+            unpack(wrong, other, adapter)
+        assert unpack(wrong, model, adapter)[0][0] == "a"  # tried, and the digest is right
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("not enough memory\nat 0x0")])
+def test_a_machine_that_cannot_hold_it_refuses(tmp_path, error, monkeypatch):
+    model, adapter, path = packed(tmp_path)
+
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr("chainrule.pipeline.coding.archive.decode", fails)
+    with pytest.raises(ContainerError, match=r"good\.cr: .*more memory.*Error"):
+        unpack(container.read(path), model, adapter)
 
 
 def test_threads_are_those_of_the_encoder_while_decoding(tmp_path):
@@ -401,10 +602,99 @@ def test_threads_are_those_of_the_encoder_while_decoding(tmp_path):
     before = torch.get_num_threads()
     seen = []
     unpack(
-        rewritten(path, lambda h: h["contract"].update(threads=before + 1)),
+        rewritten(path, lambda h: h.contract.update(threads=before + 1)),
         model,
         adapter,
         report=lambda n: seen.append(torch.get_num_threads()),
     )
     assert set(seen) == {before + 1}
     assert torch.get_num_threads() == before
+
+
+# --- files that a model cannot code beside files that it can ------------------------------------
+
+
+class Breaking(Smooth):
+    """Gives no distribution once it has seen the symbol 200."""
+
+    def cursor(self, batch, cond=None):
+        return BreakingCursor(self, batch)
+
+
+class BreakingCursor(SmoothCursor):
+    @property
+    def next(self):
+        conditional = super().next
+        conditional.logits[(self.seen == 200).any(1)] = float("nan")
+        return conditional
+
+
+def test_a_file_on_which_probabilities_are_none_is_stored_the_others_are_coded(tmp_path):
+    low = [walk(400, seed) // 2 for seed in range(4)]
+    bad = low[1].copy()
+    bad[150] = 200
+    files = [("a", low[0].tobytes()), ("bad", bad.tobytes()), ("c", low[2].tobytes())]
+    last = low[3].copy()
+    last[-1] = 200  # after the last symbol nothing is asked of the model
+    files.append(("last", last.tobytes()))
+    model, adapter = Breaking(258, (64,)), Adapter(ByteTokenizer())
+    for layout in ({}, {"rows": 2, "least_row": 100}):
+        back, reports = through_a_container(tmp_path, model, adapter, files, **layout)
+        assert back == files
+        assert [r.how.startswith("model") for r in reports] == [True, False, True, True]
+        assert "not a distribution" in reports[1].why
+    back, reports = through_a_container(tmp_path, model, adapter, files[1:2])
+    assert back == files[1:2]
+
+
+def test_a_model_that_gives_no_distribution_at_all_is_refused():
+    model = Smooth(258, (64,), mixed=float("nan"))
+    with pytest.raises(CodingError, match="not a distribution"):
+        pack(model, Adapter(ByteTokenizer()), [("a", b"abc")], Layout())
+
+
+def test_tokens_outside_the_models_alphabet_are_stored(tmp_path):
+    model = Smooth(100, (64,))
+    files = [("low", (walk(300) // 4).tobytes()), ("high", walk(300).tobytes())]
+    back, reports = through_a_container(tmp_path, model, Adapter(ByteTokenizer()), files)
+    assert back == files
+    assert [r.how.startswith("model") for r in reports] == [True, False]
+    assert "the model's alphabet has 100" in reports[1].why
+
+
+def test_a_large_alphabet_is_coded_and_one_too_large_refused(tmp_path):
+    class Wide(ByteTokenizer):
+        """Bytes far apart in an alphabet of 150,000."""
+
+        kind = "wide"
+
+        def encode(self, batch):
+            return [
+                np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64) * 588
+                for text in batch
+            ]
+
+        def decode(self, batch):
+            return [(tokens // 588).astype(np.uint8).tobytes().decode() for tokens in batch]
+
+    class Rare(Smooth):
+        """The printable characters alone are likely."""
+
+        def cursor(self, batch, cond=None):
+            return RareCursor(self, batch)
+
+    class RareCursor(SmoothCursor):
+        @property
+        def next(self):
+            flat = Decaying(torch.zeros(len(self.seen)), self.model.size, 1.0)
+            flat.logits[:, 32 * 588 : 127 * 588 : 588] += 14
+            flat.logits = flat.logits.log_softmax(-1)
+            return flat
+
+    text = "".join(map(chr, np.random.default_rng(0).integers(32, 127, 300)))
+    files = [("a.txt", text.encode())]
+    back, [report] = through_a_container(tmp_path, Rare(150_000, (64,)), Adapter(Wide()), files)
+    assert back == files
+    assert report.coded_bytes <= 1.001 * report.ideal_bytes + 4
+    with pytest.raises(CodingError, match="V <= 262144"):
+        pack(Smooth((1 << 18) + 1, (64,)), Adapter(Wide()), files, Layout())

@@ -8,8 +8,8 @@ import pytest
 from chainrule.pipeline.coding import container
 from chainrule.pipeline.coding.archive import pack, unpack
 from chainrule.pipeline.coding.blocks import Layout, decode, encode
-from chainrule.pipeline.coding.container import ContainerError
 from chainrule.pipeline.coding.forms import Adapter
+from chainrule.pipeline.coding.header import ContainerError
 from chainrule.pipeline.models.registry import build
 from chainrule.tokenizers.bytes import ByteTokenizer
 

@@ -1,5 +1,6 @@
 """Files under a real, small, trained decoder: there and back, refused where they must be."""
 
+import io
 import json
 import subprocess
 import sys
@@ -7,16 +8,23 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from chainrule.jobs import compress
-from chainrule.jobs.compress import CompressError, compress_files, decompress_file
+from chainrule.jobs import compress, decompress
+from chainrule.jobs.compress import CompressError, compress_files
+from chainrule.jobs.decompress import decompress_file
+from chainrule.pipeline import cli
 from chainrule.pipeline.artifact import Artifact
+from chainrule.pipeline.coding import container
+from chainrule.pipeline.coding.archive import contract
 from chainrule.pipeline.coding.blocks import Layout
+from chainrule.pipeline.coding.header import Entry, Header
 from chainrule.pipeline.data.shards import ShardWriter, finish, key_of
 from chainrule.pipeline.models.folder import save
 from chainrule.pipeline.models.registry import build
 from chainrule.pipeline.stage import Stage
 from chainrule.tokenizers.bytes import ByteTokenizer
+from chainrule.tokenizers.pixels import PixelSettings, PixelTokenizer
 
 LETTERS = b"etaoin shrdlu,\n"
 CHAIN = np.random.default_rng(7).dirichlet(np.full(len(LETTERS), 0.15), len(LETTERS))
@@ -108,15 +116,87 @@ def test_files_come_back_at_the_models_own_price(model_folder, files, tmp_path):
     assert "bits a byte" in lines[0]
 
 
+def images(tmp_path, number: int, *channels: int):
+    """Noise, 8 x 8: what no codec shrinks, so that models untrained code it."""
+    rng = np.random.default_rng(0)
+    for i in range(number):
+        path = tmp_path / f"{i:05d}.png"
+        Image.fromarray(rng.integers(0, 256, (8, 8, *channels), dtype=np.uint8)).save(path)
+        yield path
+
+
+IMAGE_MODELS = {
+    "imagegpt-debug": {"vocabulary_size": 256, "event_shape": [8, 8], "context": 64, "layers": 1},
+    "pixelcnn-debug": {"event_shape": [8, 8], "vocabulary_size": 256},
+    "gated-pixelcnn-debug": {"event_shape": [8, 8], "vocabulary_size": 256, "classes": 3},
+    "pixelcnnpp-debug": {"vocabulary_size": 256},
+    "made-debug": {"vocabulary_size": 256},  # 4 x 4: a picture is four tiles
+}
+
+
+@pytest.mark.parametrize("preset", IMAGE_MODELS)
+def test_containers_of_image_models_are_their_bits_and_64_bytes(preset, tmp_path):
+    """One picture alone, and many: bytes on disk, the name of each counted beside."""
+    changes = IMAGE_MODELS[preset]
+    names = [f"class {i}" for i in range(changes.get("classes", 0))] or None
+    model = folder_of(
+        build(preset, seed=0, **changes),
+        PixelTokenizer(PixelSettings()),
+        tmp_path / "model",
+        classes=names,
+    )
+    pictures = list(images(tmp_path, 40, *([3] if preset == "pixelcnnpp-debug" else [])))
+    for files, beside in ((pictures[:1], 64 + 9), (pictures, 64 + 40 * 7)):
+        out = tmp_path / f"{len(files)}.cr"
+        reports = compress_files(model, files, out)
+        assert all(r.how == "model (png)" for r in reports)
+        ideal = sum(r.ideal_bytes for r in reports)
+        assert out.stat().st_size <= 1.001 * ideal + beside
+        for target in decompress_file(out, model, tmp_path / f"back {len(files)}"):
+            assert target.read_bytes() == (tmp_path / target.name).read_bytes()
+
+
+def test_the_container_of_one_text_is_its_bits_and_64_bytes(model_folder, files, tmp_path):
+    for layout in (Layout(), Layout(rows=3, least_row=77, overlap=0.25)):
+        out = tmp_path / "one.cr"
+        [report] = compress_files(model_folder, files[3:4], out, layout=layout, force=True)
+        assert out.stat().st_size <= 1.001 * report.ideal_bytes + 64 + len("prose.txt")
+        assert container.read(out).header.folder in ("", str(model_folder))
+
+
+def test_the_model_is_looked_for_where_it_lay_and_nearby(files, tmp_path, monkeypatch):
+    """The hint is kept where there is room; a small container finds its model by fingerprint."""
+    home = tmp_path / "home"
+    small = folder_of(trained(steps=100), ByteTokenizer(), home / "runs" / "code" / "model")
+    texts = [tmp_path / f"{i}.txt" for i in range(8)]
+    for i, text in enumerate(texts):
+        text.write_bytes(prose(600, seed=i))
+    compress_files(small, texts, tmp_path / "many.cr")
+    assert container.read(tmp_path / "many.cr").header.folder == str(small)
+    assert len(decompress_file(tmp_path / "many.cr", None, tmp_path / "back")) == 8
+    long = home / ("a long name " * 8)
+    small.rename(long)
+    compress_files(long, files[3:4], tmp_path / "one.cr")
+    assert container.read(tmp_path / "one.cr").header.folder == ""
+    monkeypatch.chdir(home)
+    decompress_file(tmp_path / "one.cr", None, tmp_path / "again.txt")
+    assert (tmp_path / "again.txt").read_bytes() == files[3].read_bytes()
+    monkeypatch.chdir(tmp_path / "in")
+    (tmp_path / "away").mkdir()
+    (tmp_path / "one.cr").rename(tmp_path / "away" / "one.cr")
+    with pytest.raises(CompressError, match=r"model is not found.*--model"):
+        decompress_file(tmp_path / "away" / "one.cr", None, tmp_path / "never.txt")
+
+
 def test_another_process_decodes_the_same(model_folder, files, tmp_path):
     out = tmp_path / "one.cr"
     compress_files(model_folder, files[3:4], out)
     restored = tmp_path / "again.txt"
     code = (
-        "from pathlib import Path; from chainrule.jobs.compress import decompress_file; "
+        "from pathlib import Path; from chainrule.jobs.decompress import decompress_file; "
         f"decompress_file(Path({str(out)!r}), None, Path({str(restored)!r}))"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=model_folder)
     assert restored.read_bytes() == files[3].read_bytes()
 
 
@@ -165,22 +245,87 @@ def test_a_container_is_refused_before_anything_is_written(model_folder, files, 
     assert (restored / "prose.txt").read_text() == "precious"
 
 
-@pytest.mark.parametrize("name", ["../up", "/etc/x", "a/../../b", "", "a//b", "nul\0"])
+@pytest.mark.parametrize("name", ["../up", "/etc/x", "a/../../b", "", "a//b"])
 def test_names_that_lead_elsewhere_are_refused(model_folder, tmp_path, name):
-    from chainrule.pipeline.coding import container
-
-    header = {
-        "model": {"fingerprint": "f", "folder": "m"},
-        "layout": {},
-        "coded": {},
-        "files": [{"name": name, "length": 1, "sha256": "", "how": "raw", "stream": 0}],
-    }
+    model = trained(steps=1)
+    header = Header(contract(model), Layout().model_dump(), [], [Entry(name, 1, "raw")])
     path = tmp_path / "in" / "hostile.cr"
     path.parent.mkdir()
-    container.write(path, header, [b"x"])
+    container.write(path, header, [(b"x", b"", b"")])
     with pytest.raises(CompressError, match="refused"):
         decompress_file(path, model_folder, tmp_path / "in")
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
+
+
+def run(*arguments) -> tuple[int, str]:
+    """Exit code and what is said of the command, in this process."""
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["chainrule", *map(str, arguments)])
+        patch.setattr(sys, "stderr", said)
+        patch.setattr(cli.signal, "signal", lambda number, handler: None)
+        code = cli._main()
+    return code, said.getvalue()
+
+
+def test_settings_of_compress_are_obeyed_or_refused(model_folder, files, tmp_path):
+    out, back = tmp_path / "one.cr", tmp_path / "back"
+    given = ("compress", model_folder, files[3], "-o", out)
+    for wrong, said in (
+        ("device=nonsense", "'nonsense'"),
+        ("device=cuda:77", "cuda:77"),
+        ("dtype=float8", "dtype"),
+        ("split=train", "--set split"),
+        ("limit=3", "--set limit"),
+        ("row=3", "'row'; did you mean 'rows'"),
+    ):
+        code, message = run(*given, "--set", wrong)
+        assert code == 2, message
+        assert said in message
+        assert "Traceback" not in message
+        assert not out.exists()
+    code, message = run(*given, "--set", "dtype=bfloat16", "--set", "device=cpu", "--set", "rows=2")
+    assert code == 0, message
+    header = container.read(out).header
+    assert header.contract["dtype"] == "bfloat16"
+    assert header.contract["device"] == "cpu"
+    assert header.layout["rows"] == 2
+    code, message = run("decompress", out, "-m", model_folder, "-o", back, "--device", "nonsense")
+    assert code == 2
+    assert "'nonsense'" in message
+    assert not back.exists()
+    assert run("decompress", out, "-m", model_folder, "-o", back, "--device", "cpu")[0] == 0
+    assert (back / "prose.txt").read_bytes() == files[3].read_bytes()
+
+
+def test_the_device_is_the_containers_unless_another_is_asked_for(
+    model_folder, files, tmp_path, monkeypatch
+):
+    out = tmp_path / "one.cr"
+    compress_files(model_folder, files[3:4], out, device="cpu")
+    opened = []
+    original = decompress.open_source
+
+    def watched(folder, device, dtype):
+        opened.append(device)
+        return original(folder, "cpu", dtype)
+
+    monkeypatch.setattr(decompress, "open_source", watched)
+    decompress_file(out, model_folder, tmp_path / "a.txt")
+    decompress_file(out, model_folder, tmp_path / "b.txt", device="auto")
+    assert opened == ["cpu", "auto"]
+    found = container.read(out)
+    found.header.contract.update(device="cuda", accelerator="NVIDIA H200")
+    container.write(out, found.header, found.streams)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(CompressError, match=r"NVIDIA H200.*--device cpu"):
+        decompress_file(out, model_folder, tmp_path / "c.txt")
+    decompress_file(out, model_folder, tmp_path / "c.txt", device="cpu")
+    for key, wrong in (("device", "meta"), ("dtype", "nonsense")):
+        found.header.contract.update({"device": "cpu", "dtype": "float32", key: wrong})
+        container.write(out, found.header, found.streams)
+        with pytest.raises(CompressError, match=wrong):
+            decompress_file(out, model_folder, tmp_path / "d.txt")
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(
@@ -238,6 +383,18 @@ def test_a_model_without_a_discrete_head_or_a_tokenizer_is_refused(files, tmp_pa
     folder_of(build("made-mog-debug", seed=0), ByteTokenizer(), tmp_path / "mog")
     with pytest.raises(CompressError, match="no discrete head"):
         compress_files(tmp_path / "mog", files, tmp_path / "x.cr")
+    several = {"tokenizer": None, "tokenizers": [{"modality": "text"}, {"modality": "image"}]}
+    save(trained(steps=1), tmp_path / "both", several)
+    with pytest.raises(CompressError, match=r"several tokenizers \(text, image\)"):
+        compress_files(tmp_path / "both", files, tmp_path / "x.cr")
+    broken = trained(steps=1)
+    with torch.no_grad():
+        for parameter in broken.parameters():
+            parameter.fill_(float("nan"))
+    folder_of(broken, ByteTokenizer(), tmp_path / "broken")
+    with pytest.raises(CompressError, match="cannot code anything: .* not a distribution"):
+        compress_files(tmp_path / "broken", files, tmp_path / "x.cr")
+    assert not (tmp_path / "x.cr").exists()
 
 
 def test_the_stage_codes_the_documents_of_a_split(model_folder, tmp_path):

@@ -1,7 +1,12 @@
 """Figures of real small models on shards, against the same sums done by hand."""
 
+import io
 import json
 import math
+import re
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -10,6 +15,7 @@ import zarr
 
 from chainrule.jobs import evaluate
 from chainrule.jobs.evaluate import Config
+from chainrule.pipeline import cli
 from chainrule.pipeline.artifact import Artifact, LineageError
 from chainrule.pipeline.data.reader import Shards
 from chainrule.pipeline.data.shards import ShardWriter, finish, key_of
@@ -435,3 +441,87 @@ def test_what_cannot_be_evaluated_is_said(text, tmp_path):
         )
     with pytest.raises(StageFailed, match="stride 17"):
         evaluate.main(Config(stride=17), stage_of(tmp_path / "d", model=folder, tokens=tokens))
+
+
+# --- from the command line ----------------------------------------------------------------------
+
+
+def run(*arguments) -> tuple[int, str]:
+    """Exit code and what is said of the command, in this process."""
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["chainrule", *map(str, arguments)])
+        patch.setattr(sys, "stderr", said)
+        patch.setattr(cli.signal, "signal", lambda number, handler: None)
+        code = cli._main()
+    return code, said.getvalue()
+
+
+def test_a_killed_evaluation_goes_on_and_another_request_is_refused(text, tmp_path, monkeypatch):
+    folder, *_ = text
+    monkeypatch.setitem(TEXTS, "validation", [f"{i} held out, and long. " * 5 for i in range(400)])
+    tokens = token_texts(tmp_path / "many")
+    out = tmp_path / "figures"
+    command = ["evaluate", folder, "--tokens", tokens, "--set", "batch_size=1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "chainrule.pipeline", *map(str, command), "--out", str(out)],
+        stderr=subprocess.DEVNULL,
+    )
+    growing = tmp_path / "figures.partial" / "factors" / "part-0-of-1.f32.partial"
+    while not growing.exists() or growing.stat().st_size == 0:
+        assert process.poll() is None
+        time.sleep(0.01)
+    code, message = run(*command, "--out", out)
+    assert code == 2
+    assert f"process {process.pid}" in message
+    process.kill()
+    process.wait()
+    assert not out.exists()
+    for other in (["--set", "stride=3"], ["--data", raw_texts(tmp_path / "raw of many")]):
+        code, message = run(*command, *other, "--out", out)
+        assert code == 2
+        assert re.search(
+            r"figures\.partial: .*another request left \(other: .*(stride|data)", message
+        )
+    scored = []
+    original = evaluate.score_documents
+
+    def counts(*given):
+        for nats in original(*given):
+            scored.append(1)
+            yield nats
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "score_documents", counts)
+        code, message = run(*command, "--out", out)
+    assert code == 0, message
+    assert 0 < len(scored) < 400
+    assert run(*command, "--out", tmp_path / "whole")[0] == 0
+    assert figures(out) == figures(tmp_path / "whole")
+    assert sorted(p.name for p in out.iterdir()) == sorted(
+        p.name for p in (tmp_path / "whole").iterdir()
+    )
+    assert not growing.parents[1].exists()
+    code, message = run(*command, "--out", out)
+    assert code == 2
+    assert "is there already" in message
+
+
+def test_probe_of_the_command_line_is_the_stages_setting(tmp_path):
+    raw = raw_images(tmp_path / "raw")
+    sizes = {"vocabulary_size": 16, "event_shape": (8, 8), "context": 64, "layers": 1}
+    folder, _ = model_folder(
+        tmp_path / "model", PixelTokenizer(PixelSettings(levels=16)), "imagegpt-debug", **sizes
+    )
+    stage = stage_of(tmp_path / "stage", model=folder, data=raw)
+    evaluate.main(Config(probe={"train": 60}, factors=False), stage)
+    command = ["evaluate", folder, "--data", raw, "--set", "factors=false", "--out"]
+    code, message = run(*command, tmp_path / "a", "--probe", "--set", "probe.train=60")
+    assert code == 0, message
+    assert figures(tmp_path / "a") == figures(stage.folder)
+    assert (tmp_path / "a" / "probe.png").exists()
+    code, message = run(
+        "evaluate", folder, "--tokens", tmp_path, "--probe", "--out", tmp_path / "b"
+    )
+    assert code == 2
+    assert "--probe needs labelled images" in message

@@ -70,7 +70,8 @@ def test_text(texts, model, tmp_path):
     assert mine["bits_with_model"] > mine["bits"] > 0
     assert mine["model_bytes"] == (model / "weights.safetensors").stat().st_size
     assert [row["bits"] for row in found["rows"]] == sorted(r["bits"] for r in found["rows"])
-    assert len(lines) == len(found["rows"]) + 2
+    assert lines[len(found["rows"]) + 2] == ""
+    assert lines[-3:] == [f"- {name}: {said}" for name, said in found["columns"].items()]
     assert (out / "scoreboard.png").exists()
     assert sorted(p.name for p in out.iterdir()) == [
         "scoreboard.json",
@@ -79,6 +80,26 @@ def test_text(texts, model, tmp_path):
     ]
     with pytest.raises(RequestError, match="already"):
         scoreboard.scoreboard([model], texts, out)
+
+
+def test_a_models_size_is_that_of_the_whole_container(texts, model, tmp_path, monkeypatch):
+    written = []
+    write = scoreboard.write_container
+
+    def kept(path, *rest):
+        written.append(write(path, *rest))
+        assert path.stat().st_size == written[0]
+        return written[0]
+
+    monkeypatch.setattr(scoreboard, "write_container", kept)
+    scoreboard.scoreboard([model], texts, tmp_path / "out")
+    found = json.loads((tmp_path / "out" / "scoreboard.json").read_text())
+    [mine] = [row for row in found["rows"] if row["ideal_bits"] is not None]
+    assert mine["coded_bytes"] == written[0]
+    assert mine["bits"] == 8 * written[0] / found["units"]
+    assert mine["bits_with_model"] == 8 * (written[0] + mine["model_bytes"]) / found["units"]
+    # a container and 24 letters of names more than its streams, which are at least the ideal
+    assert 0 < mine["bits"] - mine["ideal_bits"] < 8 * (2 * 64 + 24) / found["units"]
 
 
 def test_images_alone_and_as_an_atlas(tmp_path):

@@ -36,7 +36,9 @@ class Adapt(Settings):
         name="muon", learning_rate=3e-3, betas=(0.9, 0.99), weight_decay=0.0
     )
     every: int = Field(64, ge=1, description="positions (of all rows) between two updates")
-    steps: int = Field(4, ge=1, description="gradient steps an update: the newest, then replayed")
+    steps: int = Field(
+        4, ge=1, le=1024, description="gradient steps an update: the newest, then replayed"
+    )
     warmup: int = Field(10, ge=0, description="steps over which the rate rises to its value")
     clip: float = Field(1.0, gt=0, description="norm that gradients are clipped to")
 

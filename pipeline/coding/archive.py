@@ -2,29 +2,45 @@
 
 `pack` takes named bytes apart (`forms.py`), codes what the model was made for (`blocks.py`)
 and stores the rest raw or with zstd, with the reason. `unpack` gives the bytes back and
-compares each file's sha256 before it hands anything on. Neither touches the file system.
+compares the digest of all files before it hands anything on. Neither touches the file system.
+
+The digest is the sha256 of each file's name, length and sha256, one after another: an archive
+is decoded as a whole, so no file needs a checksum of its own. Of a file that comes back with the
+same pixels (not bytes) it covers what comes back.
 """
 
 import hashlib
-import importlib.metadata
 import math
 import platform
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import torch
 
 from chainrule.pipeline.coding.blocks import Layout, Model, decode, encode
-from chainrule.pipeline.coding.container import Container, ContainerError, fold, unfold
-from chainrule.pipeline.coding.entropy import CodingError, Decoder, Encoder, least_bits
+from chainrule.pipeline.coding.container import KEPT, Container, fold, unfold
+from chainrule.pipeline.coding.entropy import (
+    CodingError,
+    Decoder,
+    Encoder,
+    UncodableError,
+    least_bits,
+    quantise,
+)
 from chainrule.pipeline.coding.forms import Adapter, NotForModel, Split, Symbols
+from chainrule.pipeline.coding.header import ContainerError, Entry, Header, Parts
 
 Named = tuple[str, bytes]
-MOST_THREADS = 4096
 LARGER = "larger under the model than under zstd"
+LARGEST_THREADS = 1024
+"""Threads that a container may ask for: more of them than a machine gives would end the process."""
+MOST_A_BYTE = 4
+"""Symbols that a byte of text or sound is ever made: one, or a few that stand for no byte."""
 
 
 @dataclass(frozen=True)
@@ -51,18 +67,28 @@ class Report:
 
 
 def contract(model: Model) -> dict[str, Any]:
-    """What the model's floats depend on, here and now."""
+    """What the integers that are coded with depend on, here and now.
+
+    dtype and threads are the container's again while decoding, the kind of device too unless
+    another is asked for. Another accelerator, processor or version of torch may change floats in
+    their last bits; another numpy how they are summed and rounded to integers; another
+    constriction how integers are coded. Each of them mostly gives the same bytes, so decoding is
+    tried, and refused before anything is written where checks or digest fail, with what differs.
+    Versions of zstandard cannot matter (its format is fixed), nor those of Pillow (a PNG is
+    compared with the digest as all files are).
+    """
     weight = next(iter(model.parameters()))
     kind = weight.device.type
     return {
+        "threads": torch.get_num_threads(),
         "dtype": str(weight.dtype).removeprefix("torch."),
-        "device": torch.cuda.get_device_name(weight.device) if kind == "cuda" else kind,
+        "device": kind,
+        "accelerator": torch.cuda.get_device_name(weight.device) if kind == "cuda" else "",
+        "machine": platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
         "numpy": np.__version__,
-        "constriction": importlib.metadata.version("constriction"),
-        "threads": torch.get_num_threads(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "machine": platform.machine(),
+        "constriction": version("constriction"),
     }
 
 
@@ -77,17 +103,13 @@ def _threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _is_digest(found: str, recorded: str) -> bool:
-    """Whether a sha256 is the recorded one, of which a container keeps the first digits."""
-    return len(recorded) >= 8 and found.startswith(recorded)
-
-
-def _of_all(digests: Sequence[str]) -> str:
-    return _sha256("".join(digests).encode())
+def _digest(files: Sequence[Named]) -> bytes:
+    """See the head of the file."""
+    total = hashlib.sha256()
+    for name, data in files:
+        total.update(name.encode("utf-8", "surrogateescape") + b"\0")
+        total.update(len(data).to_bytes(8, "little") + hashlib.sha256(data).digest())
+    return total.digest()[:KEPT]
 
 
 def _shorter(data: bytes) -> bytes:
@@ -104,31 +126,62 @@ def pack(
     layout: Layout,
     choose_class: Callable[[Symbols], int] | None = None,
     report: Callable[[int], None] = lambda symbols: None,
-) -> tuple[dict[str, Any], list[bytes], list[Report]]:
+) -> tuple[Header, list[Parts], list[Report]]:
     """(header, streams, reports) of named bytes coded under `model`.
 
     `choose_class`: for a model with classes, the one an item is coded under (it is written
-    into the header). A file whose model stream came out larger than zstd's is stored by zstd.
+    into the header). A file whose model stream came out larger than zstd's, or on which the
+    model's probabilities are no distribution, is stored. CodingError for a model that gives no
+    probabilities that can be coded with even before the first symbol.
     """
+    alphabet = _alphabet(model)
     splits: list[Split | NotForModel] = []
     for _, data in files:
         try:
-            splits.append(adapter.split(data))
+            splits.append(_within(adapter.split(data), alphabet))
         except NotForModel as reason:
             splits.append(reason)
     fallback = [_shorter(data) for _, data in files]
-    while True:
-        coded, classes = _code(model, adapter, splits, layout, choose_class, report)
-        larger = [
-            i
-            for i, stream in coded.items()
-            if sum(len(part) for part in stream[:3]) >= len(fallback[i])
-        ]
+    while True:  # fewer files, other batches: what remains is coded again
+        try:
+            coded = _code(model, adapter, splits, layout, choose_class, report)
+        except UncodableError as error:
+            chosen = [i for i, split in enumerate(splits) if isinstance(split, Split)]
+            for place in error.places:
+                splits[chosen[place]] = NotForModel(str(error))
+            continue
+        larger = [i for i, one in coded.items() if sum(map(len, one.parts)) >= len(fallback[i])]
         if not larger:
             break
-        for i in larger:  # fewer files, other batches: what remains is coded again
+        for i in larger:
             splits[i] = NotForModel(LARGER)
-    return _assemble(model, files, splits, coded, classes, fallback, layout)
+    return _assemble(model, files, splits, coded, fallback, layout)
+
+
+def _alphabet(model: Model) -> int:
+    """Symbols of the model's alphabet; CodingError if its first table cannot be coded with."""
+    with torch.no_grad():
+        first = model.cursor(1).next.pmf().float().cpu().numpy()
+    return quantise(first.reshape(1, -1)).shape[1]
+
+
+def _within(split: Split, alphabet: int) -> Split:
+    for item in split.items:
+        if item.size and not 0 <= int(item.min()) <= int(item.max()) < alphabet:
+            raise NotForModel(f"token {int(item.max())}; the model's alphabet has {alphabet}")
+    return split
+
+
+@dataclass
+class _Coded:
+    """One file under the model."""
+
+    parts: Parts
+    classes: list[int]
+    checks: list[int]
+    """Of all files."""
+    bits: float
+    cut_bits: float
 
 
 def _code(
@@ -138,13 +191,14 @@ def _code(
     layout: Layout,
     choose_class: Callable[[Symbols], int] | None,
     report: Callable[[int], None],
-) -> tuple[dict[int, Any], dict[str, Any]]:
-    """file -> (stream, places, extra, ideal bits, bits of cuts), and the header's `coded`."""
+) -> dict[int, _Coded]:
+    """What each file that has a split became."""
     chosen = [(i, split) for i, split in enumerate(splits) if isinstance(split, Split)]
     items = [item for _, split in chosen for item in split.items]
     owners = [n for n, (_, split) in enumerate(chosen) for _ in split.items]
     classes = None if choose_class is None else [choose_class(item) for item in items]
     result = encode(model, items, owners, layout, classes, adapter.cut, report)
+    given = iter(classes or [])
     coded = {}
     for n, (i, split) in enumerate(chosen):
         places, bits = b"", result.ideal_bits[n]
@@ -153,65 +207,65 @@ def _code(
             coder.encode_uniform(*split.places)
             places = coder.finish()
             bits += float(np.log2(split.places[0]).sum())
-        extra = _shorter(split.extra)
-        coded[i] = (result.streams[n], places, extra, bits, result.cut_bits[n])
-    entry = {
-        "lengths": [len(item) for item in items],
-        "owners": owners,
-        "classes": classes,
-        "checks": result.checks,
-    }
-    return coded, entry
+        coded[i] = _Coded(
+            (result.streams[n], places, _shorter(split.extra)),
+            [next(given) for _ in split.items] if classes is not None else [],
+            result.checks,
+            bits,
+            result.cut_bits[n],
+        )
+    return coded
 
 
 def _assemble(
     model: Model,
     files: Sequence[Named],
     splits: Sequence[Split | NotForModel],
-    coded: dict[int, Any],
-    entry: dict[str, Any],
+    coded: dict[int, _Coded],
     fallback: Sequence[bytes],
     layout: Layout,
-) -> tuple[dict[str, Any], list[bytes], list[Report]]:
-    streams: list[bytes] = []
-    entries, reports = [], []
+) -> tuple[Header, list[Parts], list[Report]]:
+    streams: list[Parts] = []
+    entries, reports, restored = [], [], []
+    checks: list[int] = []
     for i, ((name, data), split) in enumerate(zip(files, splits, strict=True)):
-        record: dict[str, Any] = {"name": name, "length": len(data), "sha256": _sha256(data)}
-        record["stream"] = len(streams)
         if isinstance(split, Split):
-            stream, places, extra, bits, cut = coded[i]
-            streams += [stream, places, extra]
-            size = len(stream) + len(places) + len(extra)
-            record |= {
-                "how": "model",
-                "form": split.form,
-                "side": split.side,
-                "extra": len(split.extra),
-                "exact": split.exact,
-            }
-            how = f"model ({split.form})"
-            reports.append(Report(name, how, "", len(data), bits / 8, size, cut / 8, split.exact))
+            one = coded[i]
+            checks = one.checks
+            streams.append(one.parts)
+            lengths = [len(item) for item in split.items]
+            entries.append(
+                Entry(
+                    name,
+                    len(data),
+                    "model",
+                    split.form,
+                    split.exact,
+                    split.side,
+                    len(split.extra),
+                    lengths,
+                    one.classes,
+                )
+            )
+            how, size = f"model ({split.form})", sum(map(len, one.parts))
+            ideal, cut = one.bits / 8, one.cut_bits / 8
+            reports.append(Report(name, how, "", len(data), ideal, size, cut, split.exact))
+            restored.append((name, data if split.restored is None else split.restored))
         else:
             how = "zstd" if len(fallback[i]) < len(data) else "raw"
-            streams.append(fallback[i])
-            record |= {"how": how, "why": str(split)}
+            streams.append((fallback[i], b"", b""))
+            entries.append(Entry(name, len(data), how))
             reports.append(Report(name, how, str(split), len(data), None, len(fallback[i])))
-        entries.append(record)
-    header = {
-        "contract": contract(model),
-        "originals": _of_all([_expected(entry) for entry in entries]),
-        "layout": layout.model_dump(),
-        "coded": entry,
-        "files": entries,
-    }
+            restored.append((name, data))
+    header = Header(contract(model), layout.model_dump(), checks, entries, _digest(restored))
     return header, streams, reports
 
 
-def _expected(entry: dict[str, Any]) -> str:
-    """The sha256 of what comes back of a file."""
-    exact = entry.get("exact", "bytes") == "bytes"
-    digest: str = entry["sha256"] if exact else entry["side"]["restored"]
-    return digest
+def promised_bytes(reports: Sequence[Report]) -> float:
+    """What a container takes at most beside the names in it: of each file 0.1 % and 64 bytes
+    more than the sum of -log2 p under the model, or than what it was stored as."""
+    sizes = (r.coded_bytes if r.ideal_bytes is None else 1.001 * r.ideal_bytes for r in reports)
+    return math.fsum(size + 64 for size in sizes)
 
 
 def unpack(
@@ -228,40 +282,29 @@ def unpack(
     """
     header = container.header
     try:
-        entries, coded = header["files"], header["coded"]
-        layout = Layout(**header["layout"])
-        modelled = [e for e in entries if e["how"] == "model"]
-        items: list[list[Symbols]] = [[] for _ in modelled]
+        layout = Layout(**header.layout)
+        modelled = [i for i, entry in enumerate(header.entries) if entry.how == "model"]
+        items: dict[int, list[Symbols]] = {}
         if modelled:
             if model is None or adapter is None:
                 raise ContainerError(f"{container.path}: its files were coded under a model")
-            items = _decode_items(container, model, adapter, modelled, coded, layout, report)
+            items = _decode_items(container, model, adapter, modelled, layout, report)
         files = []
-        found = []
-        parts = iter(items)
-        for e in entries:
-            if e["how"] == "model":
+        for i, entry in enumerate(header.entries):
+            parts = container.streams[i]
+            if entry.how == "model":
                 assert adapter is not None
-                data = _restore(container, adapter, e, next(parts))
-            elif e["how"] == "zstd":
-                data = unfold(container.streams[e["stream"]], e["length"])
+                data = _restore(adapter, entry, parts, items[i])
+            elif entry.how == "zstd":
+                data = unfold(parts[0], entry.length)
             else:
-                data = container.streams[e["stream"]]
-            found.append(_sha256(data))
-            if not _is_digest(found[-1], _expected(e)) or (
-                e.get("exact", "bytes") == "bytes" and len(data) != e["length"]
-            ):
+                data = parts[0]
+            if entry.exact == "bytes" and len(data) != entry.length:
                 raise ContainerError(
-                    f"{container.path}: {e['name']} does not come back as it was"
+                    f"{container.path}: {entry.name} does not come back as it was"
                     + _difference(header, model)
                 )
-            files.append((e["name"], data))
-        if not _is_digest(_of_all(found), header["originals"]):
-            raise ContainerError(
-                f"{container.path}: its files do not come back as they were"
-                + _difference(header, model)
-            )
-        return files
+            files.append((entry.name, data))
     except CodingError as error:
         raise ContainerError(f"{container.path}: {error}{_difference(header, model)}") from None
     except ContainerError as error:
@@ -274,83 +317,94 @@ def unpack(
         ValueError,
         AttributeError,
         OverflowError,
+        struct.error,
         NotForModel,
+        MemoryError,
+        RuntimeError,  # of torch: shapes that do not fit, no memory on a device
     ) as error:
-        # the checksum was right, so this was written by another program, or by a hostile one
+        # the checksum was right: symbols of other floats, another program, or a hostile one
         first_line = str(error).partition("\n")[0]
         raise ContainerError(
-            f"{container.path}: its header makes no sense ({type(error).__name__}: {first_line})"
-        ) from None
+            f"{container.path}: makes no sense, or needs more memory than there is "
+            f"({type(error).__name__}: {first_line}){_difference(header, model)}"
+        ) from error
+    if _digest(files) != header.digest:
+        raise ContainerError(
+            f"{container.path}: its files do not come back as they were"
+            + _difference(header, model)
+        )
+    return files
 
 
 def _decode_items(
     container: Container,
     model: Model,
     adapter: Adapter,
-    modelled: list[dict[str, Any]],
-    coded: dict[str, Any],
+    modelled: Sequence[int],
     layout: Layout,
     report: Callable[[int], None],
-) -> list[list[Symbols]]:
+) -> dict[int, list[Symbols]]:
     """The items of each modelled file."""
-    streams = [container.streams[e["stream"]] for e in modelled]
-    lengths, owners = coded["lengths"], coded["owners"]
+    header = container.header
+    entries = [header.entries[i] for i in modelled]
+    streams = [container.streams[i][0] for i in modelled]
+    lengths = [length for entry in entries for length in entry.items]
+    owners = [n for n, entry in enumerate(entries) for _ in entry.items]
+    given = [number for entry in entries for number in entry.classes]
+    threads = header.contract["threads"]
+    if not 1 <= threads <= LARGEST_THREADS:
+        raise ContainerError(f"was coded by {threads:,} threads, it says; 1 to {LARGEST_THREADS}")
+    if given and not (len(given) == len(lengths) and -1 <= min(given) <= max(given)
+                      < adapter.classes):  # fmt: skip
+        raise ContainerError(f"names classes; the model has {adapter.classes}")
+    for entry in entries:
+        claimed = sum(entry.items)
+        if entry.form in ("bytes", "text", "wav") and claimed > MOST_A_BYTE * entry.length:
+            raise ContainerError(f"claims {claimed:,} symbols for {entry.length:,} bytes")
     most = _most_symbols(model, streams)
-    if len(lengths) != len(owners) or any(not 0 <= o < len(streams) for o in owners):
-        raise ContainerError(f"{container.path}: items that belong to no file")
-    if any(n < 0 for n in lengths) or sum(lengths) > most:
-        raise ContainerError(
-            f"{container.path}: claims {sum(lengths):,} symbols, more than its bytes can hold"
-        )
-    threads = container.header["contract"]["threads"]
-    if not isinstance(threads, int) or not 1 <= threads <= MOST_THREADS:
-        raise ContainerError(f"{container.path}: claims to be made by {threads!r} threads")
+    if sum(lengths) > most:
+        raise ContainerError(f"claims {sum(lengths):,} symbols, more than its bytes can hold")
     with _threads(threads):
         flat = decode(
             model,
             streams,
             lengths,
             owners,
-            coded["checks"],
+            header.checks,
             layout,
-            coded["classes"],
+            given or None,
             adapter.cut,
             report,
         )
-    items: list[list[Symbols]] = [[] for _ in modelled]
+    items: dict[int, list[Symbols]] = {i: [] for i in modelled}
     for owner, item in zip(owners, flat, strict=True):
-        items[owner].append(item)
+        items[modelled[owner]].append(item)
     return items
 
 
 def _most_symbols(model: Model, streams: list[bytes]) -> float:
-    with torch.no_grad():
-        size = model.cursor(1).next.pmf().shape[-1]
     spare = 64 * len(streams)  # bits that a stream's last word still tells apart
-    return (8 * sum(len(s) for s in streams) + spare) / least_bits(size)
+    return (8 * sum(len(s) for s in streams) + spare) / least_bits(_alphabet(model))
 
 
-def _restore(
-    container: Container, adapter: Adapter, entry: dict[str, Any], items: list[Symbols]
-) -> bytes:
-    _, places_stream, extra = container.streams[entry["stream"] : entry["stream"] + 3]
-    if len(extra) != entry["extra"]:
-        extra = unfold(extra, entry["extra"])
+def _restore(adapter: Adapter, entry: Entry, parts: Parts, items: list[Symbols]) -> bytes:
+    _, places_stream, extra = parts
+    if len(extra) != entry.extra:
+        extra = unfold(extra, entry.extra)
     places = None
-    if entry["side"].get("parts") == 2:
+    if entry.side.get("parts") == 2:
         places = Decoder(places_stream).decode_uniform(adapter.place_sizes(items[0]))
-    return adapter.join(entry["form"], items, entry["side"], extra, places)
+    return adapter.join(entry.form, items, entry.side, extra, places)
 
 
-def _difference(header: dict[str, Any], model: Model | None) -> str:
+def _difference(header: Header, model: Model | None) -> str:
     """How this machine's contract differs from the container's, for a message."""
     if model is None:
         return ""
-    here = {**contract(model), "threads": header["contract"].get("threads")}
+    there = header.contract
+    here = {**contract(model), "threads": there["threads"]}
     differing = [
-        f"{key} {header['contract'].get(key)!r} there, {here[key]!r} here"
-        for key in here
-        if header["contract"].get(key) != here[key]
+        f"{key} {there[key]!r} there, {here[key]!r} here" for key in here if there[key] != here[key]
     ]
     if not differing:
         return ""

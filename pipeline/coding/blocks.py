@@ -37,12 +37,20 @@ import torch
 from pydantic import Field
 
 from chainrule.pipeline.coding.adapt import Adapt, Learner
-from chainrule.pipeline.coding.entropy import CodingError, Decoder, Encoder, Integers, quantise
+from chainrule.pipeline.coding.entropy import (
+    CodingError,
+    Decoder,
+    Encoder,
+    Integers,
+    UncodableError,
+    quantise,
+)
 from chainrule.pipeline.config import Settings
 
 CHECK_EVERY = 1 << 17
-"""Symbols of a batch between two checks of what has been decoded so far (4 bytes each):
-a decoder whose floats differ stops early instead of at the end."""
+"""Symbols of a batch between two checks of what has been decoded so far (2 bytes each):
+a decoder whose floats differ stops early instead of at the end. Whether the files are right is
+not decided here but by their digest."""
 
 Symbols = npt.NDArray[np.int64]
 
@@ -146,7 +154,8 @@ def _walk(
     """Visit each position of a batch; yield the column (R,) of symbols, -1 where a row ended.
 
     `symbols` (R, L) holds what is known: all of it when encoding; decoding fills it, column t
-    by `step(active rows, their tables, t)`. Past a row's end it is zero.
+    by `step(active rows, their tables, t)`. Past a row's end it is zero. UncodableError names
+    the rows whose tables are no distributions.
     """
     device = next(iter(model.parameters())).device
     context = context_of(model)
@@ -177,7 +186,11 @@ def _walk(
             pmf = conditional.pmf()
         except TypeError as error:
             raise CodingError(f"the model has no discrete head: {error}") from None
-        step(active.tolist(), quantise(pmf.float().cpu().numpy()[active]), t)
+        try:
+            tables = quantise(pmf.float().cpu().numpy()[active])
+        except UncodableError as error:
+            raise UncodableError(str(error), active[error.places].tolist()) from None
+        step(active.tolist(), tables, t)
         column = symbols[:, t].copy()
         held += 1
         if held < context and t + 1 < length:
@@ -187,7 +200,7 @@ def _walk(
 
 
 class _Checks:
-    """A running crc32 over the columns of a batch, taken every `CHECK_EVERY` symbols."""
+    """16 bits of a running crc32 over the columns of a batch, every `CHECK_EVERY` symbols."""
 
     def __init__(self) -> None:
         self.crc, self.since = 0, 0
@@ -198,7 +211,7 @@ class _Checks:
         if self.since < CHECK_EVERY:
             return None
         self.since = 0
-        return self.crc
+        return self.crc & 0xFFFF
 
 
 def _spans(streams: list[int], active: list[int]) -> dict[int, list[int]]:
@@ -218,7 +231,8 @@ def encode(
     cut: bool = True,
     report: Callable[[int], None] = lambda symbols: None,
 ) -> Coded:
-    """Code `items` under `model`. CodingError for symbols or models that cannot be coded.
+    """Code `items` under `model`. CodingError for symbols or models that cannot be coded;
+    UncodableError names the streams of items under which the model's tables are no distributions.
 
     `owners`: the stream (file) each item belongs to, 0, 1, ... without a gap.
     `classes`: one an item, for a model with classes (-1: unconditional).
@@ -236,11 +250,15 @@ def encode(
         bits = _Bits(len(rows), kept(context_of(model), layout))
         step = partial(_encode_step, encoders, [owners[row.item] for row in rows], symbols)
         running = _Checks()
-        for column in _walk(model, learner, rows, layout, classes, symbols, step, bits):
-            check = running.column(column)
-            if check is not None:
-                checks.append(check)
-            report(int((column >= 0).sum()))
+        try:
+            for column in _walk(model, learner, rows, layout, classes, symbols, step, bits):
+                check = running.column(column)
+                if check is not None:
+                    checks.append(check)
+                report(int((column >= 0).sum()))
+        except UncodableError as error:
+            streams = sorted({owners[rows[r].item] for r in error.places})
+            raise UncodableError(str(error), streams) from None
         for r, row in enumerate(rows):
             price.add(owners[row.item], row, bits.bits[r], bits.symbols[r])
     return Coded(

@@ -22,7 +22,8 @@ ONE_LEVEL = 512
 """Largest alphabet coded with a single table."""
 PRECISION = 30
 """Bits of the integer frequencies; the sum of a row stays below 2**31, exact in a float64."""
-LARGEST_ALPHABET = 1 << 16
+LARGEST_ALPHABET = 1 << 18
+"""Entries that must not be zero take V / 2**30 of a table: 0.0004 bits a symbol at this size."""
 _FAMILY = constriction.stream.model.Categorical(perfect=False)
 _UNIFORM = constriction.stream.model.Uniform()
 
@@ -33,21 +34,32 @@ class CodingError(ValueError):
     """A distribution that cannot be coded, or symbols outside their alphabet."""
 
 
+class UncodableError(CodingError):
+    """The same, of some rows (or items, or streams) alone: `places` says of which."""
+
+    def __init__(self, message: str, places: list[int]) -> None:
+        super().__init__(message)
+        self.places = places
+
+
 def quantise(pmf: npt.NDArray[np.floating]) -> Integers:
     """Frequencies (N, V) of probabilities (N, V): every entry at least 1, rows near 2**30.
 
-    CodingError on NaN, negative or non-normalised rows: a wrong table must never be coded
-    with, since the file could not be read back on another day.
+    UncodableError on NaN, negative or non-normalised rows: a wrong table must never be coded
+    with, since the file could not be read back on another day. CodingError on more than
+    `LARGEST_ALPHABET` symbols.
     """
     table = np.asarray(pmf, dtype=np.float64)
     if table.ndim != 2 or not 1 <= table.shape[1] <= LARGEST_ALPHABET:
         raise CodingError(f"a table of shape {table.shape}; (N, V) with V <= {LARGEST_ALPHABET}")
     total = table.sum(axis=1, keepdims=True)
     # the two comparisons are False for NaN as well
-    if not (bool((table >= 0).all()) and bool((np.abs(total - 1) < 1e-2).all())):
-        raise CodingError(
+    fine = (table >= 0).all(axis=1) & (np.abs(total - 1) < 1e-2)[:, 0]
+    if not fine.all():
+        raise UncodableError(
             "the model's probabilities are not a distribution "
-            f"(sums between {total.min():.6g} and {total.max():.6g})"
+            f"(sums between {total.min():.6g} and {total.max():.6g})",
+            np.flatnonzero(~fine).tolist(),
         )
     size = table.shape[1]
     return np.floor(table * ((1 << PRECISION) - size)).astype(np.int64) + 1

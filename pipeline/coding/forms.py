@@ -12,11 +12,12 @@ form of the model fits raises `NotForModel` with the reason, and is stored witho
             values coded uniformly (a two-part code; the second part is empty for a lossless
             tokenizer); of a header as most programs write it, the rate alone is kept
 
+A header of PGM, PPM and .npy as most programs write it is made again, not kept.
+
 A PNG comes back byte for byte if Pillow's encoder, at one of its levels, writes what the
 original holds; otherwise with equal pixels and its other chunks kept (`exact: "pixels"`).
 """
 
-import hashlib
 import io
 import re
 import struct
@@ -64,6 +65,8 @@ class Split:
     places: tuple[Symbols, Symbols] | None = None
     """Second part of a two-part code: (sizes, places) with 0 <= place < size."""
     exact: str = "bytes"
+    restored: bytes | None = None
+    """What `join` gives, where that is not the file's bytes."""
 
 
 class Adapter:
@@ -71,6 +74,7 @@ class Adapter:
 
     For images: `image_shape` is (H, W, C) of the model's images, `to_sequence` gives the
     symbols of a token array in the model's generation order, `to_tokens` undoes it.
+    `classes`: how many classes the model has.
     """
 
     def __init__(
@@ -79,8 +83,10 @@ class Adapter:
         image_shape: tuple[int, int, int] | None = None,
         to_sequence: Callable[[np.ndarray], Symbols] | None = None,
         to_tokens: Callable[[Symbols], np.ndarray] | None = None,
+        classes: int = 0,
     ) -> None:
         self.tokenizer = tokenizer
+        self.classes = classes
         self.image_shape = image_shape
         self.to_sequence = to_sequence or (lambda tokens: tokens.astype(np.int64).ravel())
         self.to_tokens = to_tokens or (lambda sequence: sequence)
@@ -90,6 +96,15 @@ class Adapter:
     def cut(self) -> bool:
         """Whether items may be cut into rows: yes for text and audio, no for images."""
         return self.tokenizer.modality != "image"
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """The forms that `split` gives, and `join` takes."""
+        if self.tokenizer.kind == "bytes":
+            return ("bytes",)
+        return {"text": ("text",), "image": ("png", "pnm", "npy")}.get(
+            self.tokenizer.modality, ("wav",)
+        )
 
     def split(self, data: bytes) -> Split:
         """The file as items; NotForModel with the reason where the model is not made for it."""
@@ -112,17 +127,17 @@ class Adapter:
         extra: bytes,
         places: Symbols | None,
     ) -> bytes:
-        """The bytes of the file that `split` took apart."""
+        """The bytes of the file that `split` took apart. NotForModel for a form of other models."""
+        if form not in self.forms:
+            raise NotForModel(f"form {form!r} is none of this model's ({', '.join(self.forms)})")
         if form == "bytes":
             start, _ = self.tokenizer.vocabulary["ranges"]["text"]
             return (items[0] - start).astype(np.uint8).tobytes()
         if form == "text":
             return str(self.tokenizer.decode([items[0]])[0]).encode()
-        if form in ("png", "pnm", "npy"):
-            return self._join_image(form, items, side, extra)
         if form == "wav":
             return self._join_wav(items, side, extra, places)
-        raise NotForModel(f"unknown form {form!r}")
+        return self._join_image(form, items, side, extra)
 
     # text
 
@@ -159,8 +174,7 @@ class Adapter:
         split = Split(form, [self.to_sequence(t) for t in tokens], side, extra)
         if form == "png" and side["level"] is None:
             split.exact = "pixels"
-            restored = self._join_image(form, split.items, side, extra)
-            side["restored"] = hashlib.sha256(restored).hexdigest()
+            split.restored = self._join_image(form, split.items, side, extra)
         return split
 
     def _join_image(
@@ -239,7 +253,8 @@ def read_image(data: bytes) -> tuple[str, npt.NDArray[np.uint8], dict[str, Any],
         if top != 255 or len(body) != width * height * channels or not body:
             raise NotForModel("a PNM of other than 8 bits, or with bytes after its pixels")
         pixels = np.frombuffer(body, dtype=np.uint8).reshape(height, width, channels)
-        return "pnm", pixels, {}, data[: pnm.end()]
+        head = data[: pnm.end()]
+        return "pnm", pixels, {}, b"" if head == _pnm_header(pixels) else head
     if data.startswith(b"\x93NUMPY"):
         return _read_npy(data)
     raise NotForModel("not an image of a lossless form (PNG, PGM, PPM, .npy)")
@@ -252,7 +267,21 @@ def write_image(
         return _write_png(pixels, side["level"], extra)
     if form == "npy":
         pixels = pixels.reshape(side["shape"])
-    return extra + pixels.tobytes()
+        return (extra or _npy_header(pixels)) + pixels.tobytes()
+    return (extra or _pnm_header(pixels)) + pixels.tobytes()
+
+
+def _pnm_header(pixels: npt.NDArray[np.uint8]) -> bytes:
+    """As most programs write it: kept in a file only where it is another."""
+    height, width, channels = pixels.shape
+    return b"P%d\n%d %d\n255\n" % (5 if channels == 1 else 6, width, height)
+
+
+def _npy_header(array: npt.NDArray[np.uint8]) -> bytes:
+    """As numpy writes it: kept in a file only where it is another."""
+    stream = io.BytesIO()
+    np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(array))
+    return stream.getvalue()
 
 
 def _read_npy(data: bytes) -> tuple[str, npt.NDArray[np.uint8], dict[str, Any], bytes]:
@@ -267,7 +296,9 @@ def _read_npy(data: bytes) -> tuple[str, npt.NDArray[np.uint8], dict[str, Any], 
     if not array.flags.c_contiguous or stream.tell() != len(data):
         raise NotForModel("a .npy in Fortran order, or with bytes after its array")
     pixels = array if array.ndim == 3 else array[:, :, None]
-    return "npy", pixels, {"shape": list(array.shape)}, data[: len(data) - body]
+    head = data[: len(data) - body]
+    extra = b"" if head == _npy_header(array) else head
+    return "npy", pixels, {"shape": list(array.shape)}, extra
 
 
 def _read_png(data: bytes) -> tuple[str, npt.NDArray[np.uint8], dict[str, Any], bytes]:
