@@ -25,13 +25,14 @@ from chainrule.pipeline.coding import container
 from chainrule.pipeline.coding.archive import (
     Named,
     Report,
+    alphabet_of,
     pack,
     promised_bytes,
     total_ideal_bits,
     unpack,
 )
 from chainrule.pipeline.coding.blocks import Layout
-from chainrule.pipeline.coding.entropy import CodingError, quantise
+from chainrule.pipeline.coding.entropy import CodingError
 from chainrule.pipeline.coding.forms import Adapter, Symbols, write_wav
 from chainrule.pipeline.coding.header import ContainerError, Header, Parts
 from chainrule.pipeline.config import RequestError, runtime
@@ -43,7 +44,7 @@ DType = Literal["float32", "bfloat16"]
 DTYPES = get_args(DType)
 INPUTS = {"model": Input(("handoff",)), "data": Input(("ingest",))}
 SUFFIX = ".cr"
-SHOWN = 16
+SHOWN = 2 * container.KEPT
 """Digits of a fingerprint that a container keeps and messages show."""
 
 
@@ -89,17 +90,14 @@ def open_adapter(source: Source) -> Adapter:
             "the model folder carries no tokenizer, so it says nothing of files; "
             "hand the model off together with its tokenizer"
         )
-    with torch.no_grad():
-        try:
-            first = model.cursor(1).next.pmf()
-        except TypeError as error:
-            raise CompressError(
-                f"the model has no discrete head, and only probabilities can be coded with: {error}"
-            ) from None
-        try:
-            quantise(first.float().cpu().numpy().reshape(1, -1))
-        except CodingError as error:
-            raise CompressError(f"the model cannot code anything: {error}") from None
+    try:
+        alphabet_of(model)
+    except TypeError as error:
+        raise CompressError(
+            f"the model has no discrete head, and only probabilities can be coded with: {error}"
+        ) from None
+    except CodingError as error:
+        raise CompressError(f"the model cannot code anything: {error}") from None
     classes = len(source.card.get("classes") or [])
     if tokenizer.modality != "image":
         return Adapter(tokenizer, classes=classes)

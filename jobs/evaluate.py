@@ -28,12 +28,14 @@ from chainrule.pipeline.artifact import (
     ArtifactError,
     lock,
     lock_path,
+    new_folder,
     partial_folder,
     require_same,
 )
-from chainrule.pipeline.config import RequestError, Settings, runtime
+from chainrule.pipeline.config import Settings, runtime
 from chainrule.pipeline.data.reader import Shards
 from chainrule.pipeline.data.tokens import TokenSet
+from chainrule.pipeline.devices import chosen_device
 from chainrule.pipeline.evaluation import codecs
 from chainrule.pipeline.evaluation.agreement import measure_agreement
 from chainrule.pipeline.evaluation.factors import Parts
@@ -64,7 +66,6 @@ from chainrule.pipeline.evaluation.linear_probe import probe_model, probe_pictur
 from chainrule.pipeline.evaluation.request import take_up
 from chainrule.pipeline.evaluation.round_trip import measure_audio, measure_images, measure_texts
 from chainrule.pipeline.models.made import MADE
-from chainrule.pipeline.ranks import chosen_device
 from chainrule.pipeline.sampling.request import Source
 from chainrule.pipeline.stage import Input, Stage, StageFailed
 
@@ -410,9 +411,7 @@ def evaluate_folder(
     The work is done in `<out>.partial`, which a killed run leaves behind: the same request goes
     on there, another one is refused. RequestError.
     """
-    out = Path(out).absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RequestError(f"{out}: is there already; name another with --out, or remove it")
+    out = new_folder(Path(out).absolute())
     given = {"model": model, "tokens": tokens, "data": data}
     inputs = {role: [Artifact.bare(path)] for role, path in given.items() if path is not None}
     working = partial_folder(out)

@@ -11,7 +11,7 @@ import base64
 import io
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -168,8 +168,10 @@ def _pictures(
     data["among"], data["trained_on"] = len(training.places), training.total
     data["training"] = {}
     near: dict[int, tuple[np.ndarray, str | None]] = {}
-    for j in sorted({int(j) for j in found.index[: len(images)].ravel()}):
-        (picture,), (of_training,), (name,) = training.part([training.places[j]])
+    numbers = sorted({int(j) for j in found.index[: len(images)].ravel()})
+    shown = replace(training, places=[training.places[j] for j in numbers])
+    rows = (row for part in shown.parts() for row in zip(*part, strict=True))
+    for j, (picture, of_training, name) in zip(numbers, rows, strict=True):
         data["training"][str(j)] = _uri(picture)
         near[j] = of_training, name
     for i, sample in enumerate(data["samples"]):
@@ -214,15 +216,13 @@ class _Pictures:
         ]
         return cls(source, sets, places, total)
 
-    def part(self, places: Sequence[tuple[int, int]]) -> Part:
-        rows = [self.sets[number][i] for number, i in places]
-        tokens = np.stack([row[0] for row in rows])
-        pictures = np.stack(self.source.tokenizer.decode(list(tokens)))
-        return pictures, tokens, [row[1].get("class") for row in rows]
-
     def parts(self) -> Iterator[Part]:
         for start in range(0, len(self.places), BATCH):
-            yield self.part(self.places[start : start + BATCH])
+            places = self.places[start : start + BATCH]
+            rows = [self.sets[number][i] for number, i in places]
+            tokens = np.stack([row[0] for row in rows])
+            pictures = np.stack(self.source.tokenizer.decode(list(tokens)))
+            yield pictures, tokens, [row[1].get("class") for row in rows]
 
 
 def _uri(picture: np.ndarray) -> str:

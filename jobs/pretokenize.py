@@ -31,7 +31,7 @@ from chainrule.pipeline.config import Settings, runtime
 from chainrule.pipeline.data.reader import Sample, Shards
 from chainrule.pipeline.data.shards import ShardWriter, finish, finished, key_of
 from chainrule.pipeline.data.tokens import OF_ONE_SHAPE
-from chainrule.pipeline.ranks import chosen_device
+from chainrule.pipeline.devices import chosen_device
 from chainrule.pipeline.stage import Input, Stage, StageFailed
 from chainrule.tokenizers import interface
 from chainrule.tokenizers.interface import Tokenizer, TokenizerError

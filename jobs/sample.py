@@ -9,18 +9,17 @@ Any number of ranks work side by side, each on zarr shards of its own. Sample i 
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from chainrule.pipeline.artifact import Artifact, require_same, sha256_file
 from chainrule.pipeline.config import digest, result_settings
-from chainrule.pipeline.ranks import chosen_device
+from chainrule.pipeline.devices import chosen_device
 from chainrule.pipeline.sampling.completion import Given, given_of
 from chainrule.pipeline.sampling.drafts import (
     Draft,
@@ -29,14 +28,6 @@ from chainrule.pipeline.sampling.drafts import (
     make_draft,
 )
 from chainrule.pipeline.sampling.int8 import quantise
-from chainrule.pipeline.sampling.pictures import (
-    MOST_ROWS,
-    contact_sheet,
-    file_stems,
-    save_picture,
-    save_wav,
-    sheet_rows,
-)
 from chainrule.pipeline.sampling.request import (
     Beginning,
     Completion,
@@ -47,9 +38,9 @@ from chainrule.pipeline.sampling.request import (
     vocabulary_size,
 )
 from chainrule.pipeline.sampling.sampler import Drawn, SamplingError, draw, same_in_any_batch
+from chainrule.pipeline.sampling.show import decoded, show
 from chainrule.pipeline.sampling.speculative import Statistics, speculate
 from chainrule.pipeline.sampling.store import Layout, Store
-from chainrule.pipeline.sampling.text import cut_at
 from chainrule.pipeline.sampling.uniforms import sample_seeds
 from chainrule.pipeline.stage import Input, Stage, say
 
@@ -64,13 +55,6 @@ INPUTS = {
     "tokens": Input(("pretokenize",), optional=True),
 }
 
-DECODED_TOGETHER = 16
-"""Samples that the tokenizer decodes at once: bounds the memory of large pictures. A constant:
-a sample must not depend on how it is drawn, and decoders round differently in other batches."""
-SHEET_OF_A_CLASS = 100
-"""Pictures on the contact sheet of one class."""
-TRACKED = 8
-"""Texts and sounds that go to the tracking server: the first."""
 LOSS_MEASURED_ON = 64
 """Samples on which the loss of int8 weights is measured."""
 
@@ -179,7 +163,7 @@ class Work:
         for role in ("draft", "tokens"):
             given = stage.optional(role)
             if given is not None:
-                settings[f"input {role}"] = _identity(given)
+                settings[f"input {role}"] = given.identity
         if config.dtype != "float32" and not same_in_any_batch(source.model):
             settings["rows drawn together"] = together(config)
         store = Store.start(
@@ -205,7 +189,7 @@ class Work:
                     batches.append(self.draw_block(indices))
                     self.elements += int(batches[-1].lengths.sum())
                     progress.update(len(indices))
-                values = shard_arrays(self.request, self.source, rows, batches)
+                values = shard_arrays(self.request, self.source, self.store.arrays, rows, batches)
                 store.write(shard, values)
                 mean = float(values["log_likelihood"].mean())
                 self.stage.log(shard, log_likelihood=mean)
@@ -253,14 +237,6 @@ class Work:
 def together(config: Config) -> int:
     """Rows of each batch: `batch_size`, or all of a shard."""
     return min(config.batch_size, config.number, config.samples_per_shard)
-
-
-def _identity(given: Artifact) -> str:
-    """What tells an input from others: its stage's fingerprint, or a bare folder's own."""
-    if given.fingerprint:
-        return given.fingerprint
-    card = given.folder / "card.json"
-    return str(given.card["fingerprint"]) if card.is_file() else digest(given.index)
 
 
 def source_files(config: Config) -> list[Path]:
@@ -423,9 +399,13 @@ def _offset(source: Source) -> int:
 
 
 def shard_arrays(
-    request: Request, source: Source, rows: range, batches: Sequence[Drawn]
+    request: Request,
+    source: Source,
+    layout: Mapping[str, Layout],
+    rows: range,
+    batches: Sequence[Drawn],
 ) -> dict[str, np.ndarray]:
-    """The arrays of one shard, from the batches drawn for it."""
+    """The arrays of one shard, of these layouts, from the batches drawn for it."""
     shape = token_shape(request, source)
     columns = int(np.prod(shape))
     sequences = torch.zeros(len(rows), columns, dtype=batches[0].x.dtype)
@@ -435,7 +415,6 @@ def shard_arrays(
         at += len(batch.x)
     if columns == source.elements:
         sequences = source.model.to_event(sequences).flatten(1)
-    layout = layouts(request, source)
     tokens = sequences.numpy().reshape(len(rows), *shape).astype(layout["tokens"].dtype)
     arrays = {
         "tokens": tokens,
@@ -449,118 +428,3 @@ def shard_arrays(
         if name in layout:
             arrays[name] = decoded(source, tokens)
     return arrays
-
-
-def decoded(source: Source, tokens: np.ndarray) -> np.ndarray:
-    """What the tokenizer makes of samples (N, ...), a few at a time."""
-    parts = [
-        np.stack(source.tokenizer.decode(list(tokens[start : start + DECODED_TOGETHER])))
-        for start in range(0, len(tokens), DECODED_TOGETHER)
-    ]
-    return np.concatenate(parts)
-
-
-def show(request: Request, source: Source, store: Store, stage: Stage) -> None:
-    """Pictures, texts and sound files of a finished store."""
-    if "images" in store.arrays:
-        path = stage.folder / "sheet.png"
-        save_picture(sheet(request, source, store), path)
-        stage.picture(path)
-        if request.classes is not None and request.begun is None:
-            for path in class_sheets(source, store, stage.folder / "sheets"):
-                stage.picture(path)
-    elif "audio" in store.arrays:
-        (stage.folder / "audio").mkdir(exist_ok=True)
-        rate = int(source.tokenizer.card()["sample_rate"])
-        for shard in range(store.shards):
-            rows = store.rows(shard)
-            for i, audio in zip(rows, store.read("audio", rows), strict=True):
-                path = stage.folder / "audio" / f"{i:05d}.wav"
-                save_wav(audio, rate, path)
-                if i < TRACKED:
-                    stage.picture(path)
-    elif "rows" in store.arrays:
-        np.savetxt(stage.folder / "rows.csv", store.read("rows"), fmt="%.7g", delimiter=",")
-    elif source.modality == "text" and source.tokenizer is not None:
-        (stage.folder / "text").mkdir(exist_ok=True)
-        for i, text in enumerate(texts(request, source, store)):
-            path = stage.folder / "text" / f"{i:05d}.txt"
-            path.write_text(text, encoding="utf-8", newline="")
-            if i < TRACKED:
-                stage.picture(path)
-
-
-def sheet(request: Request, source: Source, store: Store) -> Image.Image:
-    """A row a class, or, of completed pictures, the real one and then what was made of it."""
-    if request.begun is None:
-        names = None
-        if request.classes is not None:
-            names = [_class_name(source, c) for c in store.read("class")]
-        rows, note = sheet_rows(store.number, names)
-        before = None
-        if request.given is not None:
-            before = np.stack([request.given.picture] * len(rows))
-        return _sheet_of(store, rows, before, note)
-    sequences = torch.from_numpy(np.stack([b.tokens for b in request.begun]))
-    real = source.model.to_event(sequences).reshape(len(sequences), *store.arrays["tokens"].shape)
-    shown = range(min(len(sequences), MOST_ROWS))
-    pictures = decoded(source, real.numpy()[: len(shown)])
-    made = [range(k, store.number, len(sequences))[:9] for k in shown]
-    rows = [("real, completed", list(indices)) for indices in made]
-    return _sheet_of(store, rows, pictures)
-
-
-def class_sheets(source: Source, store: Store, folder: Path) -> list[Path]:
-    """A sheet a class that was asked for, with its first samples: sheets/CLASS.png."""
-    folder.mkdir(exist_ok=True)
-    asked = store.read("class")
-    classes = sorted({int(c) for c in asked})
-    paths = []
-    for c, stem in zip(classes, file_stems([_class_name(source, c) for c in classes]), strict=True):
-        of_class = np.flatnonzero(asked == c)
-        indices = of_class[:SHEET_OF_A_CLASS].tolist()
-        rows = [("", indices[start : start + 10]) for start in range(0, len(indices), 10)]
-        left = len(of_class) - len(indices)
-        note = f"{left:,} more samples of it in the store" if left else ""
-        paths.append(folder / f"{stem}.png")
-        save_picture(_sheet_of(store, rows, note=note), paths[-1])
-    return paths
-
-
-def _class_name(source: Source, index: int) -> str:
-    return str(source.card["classes"][index])
-
-
-def _sheet_of(
-    store: Store,
-    rows: Sequence[tuple[str, Sequence[int]]],
-    before: np.ndarray | None = None,
-    note: str = "",
-) -> Image.Image:
-    """A sheet that reads the pictures it shows; `before` are put first, one into each row."""
-    indices = sorted({int(i) for _, row in rows for i in row[:10]})
-    images = store.read("images", indices)
-    at = {index: place for place, index in enumerate(indices)}
-    places = [[at[int(i)] for i in row[:10]] for _, row in rows]
-    if before is not None:
-        places = [[len(images) + r, *row] for r, row in enumerate(places)]
-        images = np.concatenate([images, before])
-    labels = [label for label, _ in rows]
-    return contact_sheet(images, list(zip(labels, places, strict=True)), note=note)
-
-
-def texts(request: Request, source: Source, store: Store) -> list[str]:
-    """The text of each sample, prompt included, up to its end or stop string."""
-    tokens, lengths = store.read("tokens"), store.read("length")
-    found = []
-    for i, (row, length) in enumerate(zip(tokens, lengths, strict=True)):
-        prompt = request.prompts[i % len(request.prompts)]
-        ids = row[:length]
-        if len(ids) > len(prompt) and int(ids[-1]) in request.rules.end:
-            ids = ids[:-1]
-        text = source.tokenizer.decode([ids])[0]
-        if request.config.stop:
-            said = len(source.tokenizer.decode([ids[: len(prompt)]])[0])
-            text = cut_at(text, request.config.stop, said)
-        found.append(text)
-    return found

@@ -18,12 +18,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from chainrule.pipeline.data.image_batches import ImageBatches
-from chainrule.pipeline.ranks import chosen_device
+from chainrule.pipeline.devices import chosen_device
 from chainrule.pipeline.stage import Stage, StageFailed, StageInterrupted
 from chainrule.pipeline.training.checkpoints import Checkpoint, CheckpointWriter, newest, snapshot
 from chainrule.pipeline.training.ema import ExponentialAverage
 from chainrule.tokenizers.autoencoder import Autoencoder, AutoencoderTokenizer, to_pixels
-from chainrule.tokenizers.health import of_levels, worst_level
+from chainrule.tokenizers.health import of_codes, of_levels, worst_level
 from chainrule.tokenizers.interface import TokenizerError
 from chainrule.tokenizers.losses import (
     Adversary,
@@ -32,6 +32,7 @@ from chainrule.tokenizers.losses import (
     build_perceptual,
     clip_gradients,
 )
+from chainrule.tokenizers.quantizers import mean_over_ranks, sum_over_ranks
 from chainrule.tokenizers.vqgan import VQGANTokenizer
 from chainrule.tokenizers.vqvae import VQVAETokenizer
 
@@ -230,10 +231,7 @@ class Trainer:
 
     def _over_ranks(self, figures: dict[str, Tensor]) -> dict[str, float]:
         """Means over the ranks' equal parts of the batch."""
-        values = torch.stack([value.float() for value in figures.values()])
-        if self.stage.world_size > 1:
-            dist.all_reduce(values)
-            values /= self.stage.world_size
+        values = mean_over_ranks(torch.stack([value.float() for value in figures.values()]))
         return dict(zip(figures, values.tolist(), strict=True))
 
     @torch.no_grad()
@@ -260,16 +258,11 @@ class Trainer:
 
         Of several levels those of the worst, and each level's beside them.
         """
-        counts = self.counts.clone()
-        if self.stage.world_size > 1:
-            dist.all_reduce(counts)
+        counts = sum_over_ranks(self.counts.clone())
         self.counts.zero_()
-        levels = []
-        for of_level in counts:
-            p = of_level / of_level.sum().clamp_min(1)
-            entropy = -(p * p.clamp_min(1e-12).log()).sum()
-            usage = float((of_level > 0).float().mean())
-            levels.append({"codebook_usage": usage, "codebook_perplexity": float(entropy.exp())})
+        shown = ("codebook_usage", "codebook_perplexity")
+        found = [of_codes(of_level) for of_level in counts.cpu().numpy()]
+        levels = [{name: level[name] for name in shown} for level in found]
         worst = levels[worst_level(levels)]
         return worst if len(levels) == 1 else worst | of_levels(levels)
 
@@ -342,9 +335,7 @@ class Trainer:
         if step == self._saved:
             return
         self._saved = step
-        counts = self.counts.clone()
-        if self.stage.world_size > 1:
-            dist.all_reduce(counts)
+        counts = sum_over_ranks(self.counts.clone())
         if not self.stage.is_main:
             return
         if self._writer is None:
@@ -391,8 +382,6 @@ class Trainer:
 
 
 def _device(wanted: str) -> torch.device:
-    if wanted == "cuda":  # of several ranks each has its own
-        wanted = "auto" if torch.cuda.is_available() else "cuda"
     device = torch.device(chosen_device(wanted))
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -25,7 +25,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
-from chainrule.pipeline.config import RequestError
+from chainrule.pipeline.config import RequestError, digest
 
 FORMAT = 1
 MANIFEST = "artifact.json"
@@ -57,6 +57,13 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ArtifactError(f"{path}: not JSON ({error}); the file was altered or cut") from None
+
+
+def new_folder(out: Path) -> Path:
+    """`out`, if it is empty or not there yet; RequestError otherwise."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RequestError(f"{out}: is there already; name another with --out, or remove it")
+    return out
 
 
 def sha256_file(path: Path) -> str:
@@ -118,6 +125,19 @@ class Artifact:
     def fingerprint(self) -> str:
         """Hash of job, settings and inputs; empty for a bare folder."""
         return self.manifest.get("fingerprint", "")
+
+    @property
+    def identity(self) -> str:
+        """What tells this from another one in its place: the fingerprint; of a bare folder its
+        card's own, else a digest of its card or index, else of its files' sizes and times."""
+        if self.fingerprint:
+            return self.fingerprint
+        for name in ("card.json", "index.json"):
+            if (self.folder / name).is_file():
+                about = read_json(self.folder / name)
+                return str(about.get("fingerprint") or digest(about))
+        files = sorted(path for path in self.folder.iterdir() if path.is_file())
+        return digest([[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files])
 
     @property
     def metrics(self) -> dict[str, Any]:

@@ -400,6 +400,11 @@ def main() -> None:
     os._exit(code)
 
 
+def _interrupted() -> int:
+    say("interrupted; the same command goes on from where it stopped")
+    return INTERRUPTED
+
+
 def _main() -> int:
     def on_terminate(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
@@ -415,12 +420,9 @@ def _main() -> int:
         say(f"error: {error.format_message()}{where}")
         return WRONG_REQUEST
     except typer.Exit as error:  # typer makes one of a KeyboardInterrupt
-        if error.exit_code == INTERRUPTED:
-            say("interrupted; the same command goes on from where it stopped")
-        return int(error.exit_code)
+        return _interrupted() if error.exit_code == INTERRUPTED else int(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        say("interrupted; the same command goes on from where it stopped")
-        return INTERRUPTED
+        return _interrupted()
     except RequestError as error:
         say(f"error: {error}")
         return WRONG_REQUEST

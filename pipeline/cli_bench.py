@@ -8,7 +8,7 @@ import typer
 from chainrule.pipeline.artifact import Artifact, require_same
 from chainrule.pipeline.cli import ModelArgument, app, model_folders
 from chainrule.pipeline.config import RequestError, nearest
-from chainrule.pipeline.ranks import chosen_device
+from chainrule.pipeline.devices import chosen_device
 
 bench = typer.Typer(help="Measure speed: ratios in one run.", rich_markup_mode=None)
 app.add_typer(bench, name="bench")

@@ -15,7 +15,7 @@ import pydantic
 import typer
 import yaml
 
-from chainrule.pipeline.artifact import Artifact, ArtifactError
+from chainrule.pipeline.artifact import Artifact, ArtifactError, new_folder
 from chainrule.pipeline.catalogue import job_module
 from chainrule.pipeline.cli import ModelArgument, app, model_folders
 from chainrule.pipeline.config import RequestError, explain
@@ -50,13 +50,6 @@ def stage_for(job: str, folder: Path, inputs: dict[str, Path | None]) -> Stage:
     """A stage outside any pipeline, at work in `folder`, on bare folders."""
     found = {role: [Artifact.bare(path)] for role, path in inputs.items() if path is not None}
     return Stage(job, "", job, folder, fingerprint="", inputs=found)
-
-
-def new_folder(out: Path) -> Path:
-    """`out`, if it is empty or not there yet."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RequestError(f"{out}: is there already; name another with --out, or remove it")
-    return out
 
 
 @app.command()

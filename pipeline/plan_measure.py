@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from chainrule.pipeline.config import RequestError
+from chainrule.pipeline.devices import synchronise
 from chainrule.pipeline.models.registry import build
 from chainrule.pipeline.training.optimizers import OptimizerSettings, build_optimizer
 
@@ -48,11 +49,11 @@ def measure(
     before = _begin_peak(device)
     step = training_step(config, precision, rows, device, optimizer)
     step()
-    _synchronise(device)
+    synchronise(device)
     began = time.perf_counter()
     for _ in range(steps):
         step()
-    _synchronise(device)
+    synchronise(device)
     seconds = (time.perf_counter() - began) / steps
     name = torch.cuda.get_device_name() if gpu else f"cpu, {torch.get_num_threads()} threads"
     return Measured(name, seconds, _peak(device) - before)
@@ -108,8 +109,3 @@ def training_step(
         optimizer.step()
 
     return step
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()

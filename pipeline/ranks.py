@@ -11,7 +11,6 @@ import uuid
 from typing import Any
 
 from chainrule.pipeline.artifact import ATTEMPT, partial_folder, read_json
-from chainrule.pipeline.config import RequestError
 from chainrule.pipeline.graph import Pipeline, StageSpec
 from chainrule.pipeline.stage import FAILED, REQUEUE, StageFailed, StageInterrupted
 from chainrule.pipeline.stage_run import ATTEMPT_VARIABLE
@@ -113,35 +112,6 @@ def _wait_for(ranks: list[subprocess.Popen]) -> list[int]:
                 process.kill()
             process.wait()
     return [process.returncode for process in ranks]
-
-
-def chosen_device(wanted: str) -> str:
-    """A `device` setting as torch takes it: auto is `own_device`. RequestError where it is no
-    device's name, or there is no such device here."""
-    import torch
-
-    if wanted == "auto":
-        return own_device()
-    try:
-        device = torch.device(wanted)
-    except RuntimeError:
-        raise RequestError(
-            f"device '{wanted}': no such name; take auto, cpu, cuda or cuda:1"
-        ) from None
-    if device.type == "cuda":
-        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= found:
-            raise RequestError(f"device '{wanted}': torch sees {found} GPUs here; take auto or cpu")
-    return wanted
-
-
-def own_device() -> str:
-    """A GPU where there is one: of several ranks on a node, each has its own."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return "cpu"
-    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
 
 
 def die_with_parent() -> None:

@@ -1,7 +1,11 @@
 """Shared by all tests: quiet engines, no telemetry, where the real data sets lie."""
 
+import io
 import os
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,3 +26,20 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data sets at {folder}")
     return folder
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str]]:
+    """Runs the command line in this process: its exit code, and what it says."""
+    from chainrule.pipeline import cli
+
+    def command(*arguments: Any) -> tuple[int, str]:
+        said = io.StringIO()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["chainrule", *map(str, arguments)])
+            patch.setattr(sys, "stderr", said)
+            patch.setattr(cli.signal, "signal", lambda number, handler: None)
+            code = cli._main()
+        return code, said.getvalue()
+
+    return command

@@ -1,6 +1,5 @@
 """Files under a real, small, trained decoder: there and back, refused where they must be."""
 
-import io
 import json
 import subprocess
 import sys
@@ -13,7 +12,6 @@ from PIL import Image
 from chainrule.jobs import compress, decompress
 from chainrule.jobs.compress import CompressError, compress_files
 from chainrule.jobs.decompress import decompress_file
-from chainrule.pipeline import cli
 from chainrule.pipeline.artifact import Artifact
 from chainrule.pipeline.coding import container
 from chainrule.pipeline.coding.archive import contract
@@ -257,18 +255,7 @@ def test_names_that_lead_elsewhere_are_refused(model_folder, tmp_path, name):
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
 
-def run(*arguments) -> tuple[int, str]:
-    """Exit code and what is said of the command, in this process."""
-    said = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["chainrule", *map(str, arguments)])
-        patch.setattr(sys, "stderr", said)
-        patch.setattr(cli.signal, "signal", lambda number, handler: None)
-        code = cli._main()
-    return code, said.getvalue()
-
-
-def test_settings_of_compress_are_obeyed_or_refused(model_folder, files, tmp_path):
+def test_settings_of_compress_are_obeyed_or_refused(model_folder, files, tmp_path, run):
     out, back = tmp_path / "one.cr", tmp_path / "back"
     given = ("compress", model_folder, files[3], "-o", out)
     for wrong, said in (

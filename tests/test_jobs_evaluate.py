@@ -15,7 +15,6 @@ import zarr
 
 from chainrule.jobs import evaluate
 from chainrule.jobs.evaluate import Config
-from chainrule.pipeline import cli
 from chainrule.pipeline.artifact import Artifact, LineageError
 from chainrule.pipeline.data.reader import Shards
 from chainrule.pipeline.data.shards import ShardWriter, finish, key_of
@@ -77,7 +76,6 @@ def images(split: str) -> tuple[np.ndarray, list[int]]:
 
 
 def raw_images(folder):
-    import io
 
     from PIL import Image
 
@@ -446,18 +444,9 @@ def test_what_cannot_be_evaluated_is_said(text, tmp_path):
 # --- from the command line ----------------------------------------------------------------------
 
 
-def run(*arguments) -> tuple[int, str]:
-    """Exit code and what is said of the command, in this process."""
-    said = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["chainrule", *map(str, arguments)])
-        patch.setattr(sys, "stderr", said)
-        patch.setattr(cli.signal, "signal", lambda number, handler: None)
-        code = cli._main()
-    return code, said.getvalue()
-
-
-def test_a_killed_evaluation_goes_on_and_another_request_is_refused(text, tmp_path, monkeypatch):
+def test_a_killed_evaluation_goes_on_and_another_request_is_refused(
+    text, tmp_path, monkeypatch, run
+):
     folder, *_ = text
     monkeypatch.setitem(TEXTS, "validation", [f"{i} held out, and long. " * 5 for i in range(400)])
     tokens = token_texts(tmp_path / "many")
@@ -507,7 +496,7 @@ def test_a_killed_evaluation_goes_on_and_another_request_is_refused(text, tmp_pa
     assert "is there already" in message
 
 
-def test_probe_of_the_command_line_is_the_stages_setting(tmp_path):
+def test_probe_of_the_command_line_is_the_stages_setting(tmp_path, run):
     raw = raw_images(tmp_path / "raw")
     sizes = {"vocabulary_size": 16, "event_shape": (8, 8), "context": 64, "layers": 1}
     folder, _ = model_folder(

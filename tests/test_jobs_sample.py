@@ -21,6 +21,7 @@ from chainrule.pipeline import build, load
 from chainrule.pipeline.artifact import Artifact, ArtifactError, LineageError
 from chainrule.pipeline.models import native_steps
 from chainrule.pipeline.models.folder import save
+from chainrule.pipeline.sampling import show
 from chainrule.pipeline.sampling.drafts import NgramDraft
 from chainrule.pipeline.sampling.pictures import contact_sheet, file_stems, sheet_rows
 from chainrule.pipeline.sampling.sampler import SamplingError
@@ -211,7 +212,7 @@ def test_no_more_is_held_in_memory_than_is_shown(
     monkeypatch.setattr(PixelTokenizer, "decode", noted)
     monkeypatch.setattr(Store, "read", noted_rows)
     sample_folder(pictures, tmp_path, Config(number=90))
-    assert max(together) == sample.DECODED_TOGETHER
+    assert max(together) == show.DECODED_TOGETHER
     assert read_rows == [30, 30, 30, 30]  # ten of each class, then each class by itself
     np.testing.assert_array_equal(
         Store.open(tmp_path).read("images")[..., 0], Store.open(tmp_path).read("tokens") * 17

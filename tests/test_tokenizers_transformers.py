@@ -51,15 +51,20 @@ def test_unigram_gives_the_text_again_in_as_many_pieces(tmp_path, source):
 EMOJI = "👩‍👩‍👧 🏳️‍🌈 é漢字\r\n\n\t\x00\U0010ffff ▁<0x41> <unk"
 
 
-def test_bytes_give_the_same_ids_and_the_text_again(tmp_path, source):
-    transformers = pytest.importorskip("transformers")
-    ours = ByteTokenizer()
-    to_transformers(ours, tmp_path)
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    for text in [*source[:5], *HARD, EMOJI]:
+def same_ids(transformers, ours, texts, folder):
+    """Theirs, made from ours: the same ids for each text, and the text again."""
+    to_transformers(ours, folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    for text in texts:
         ids = ours.encode([text])[0].tolist()
         assert theirs(text, add_special_tokens=False)["input_ids"] == ids
         assert theirs.decode(ids) == text
+    return theirs
+
+
+def test_bytes_give_the_same_ids_and_the_text_again(tmp_path, source):
+    transformers = pytest.importorskip("transformers")
+    theirs = same_ids(transformers, ByteTokenizer(), [*source[:5], *HARD, EMOJI], tmp_path)
     assert theirs("x")["input_ids"] == [256, ord("x")]
     assert theirs.eos_token_id == 257
     assert len(theirs) == 258
@@ -67,13 +72,9 @@ def test_bytes_give_the_same_ids_and_the_text_again(tmp_path, source):
 
 def test_characters_give_the_same_ids_and_the_text_again(tmp_path, source):
     transformers = pytest.importorskip("transformers")
-    ours = CharacterTokenizer.train([*source[:5], *HARD, EMOJI])
-    to_transformers(ours, tmp_path)
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    for text in [*source[:5], *HARD, EMOJI]:
-        ids = ours.encode([text])[0].tolist()
-        assert theirs(text, add_special_tokens=False)["input_ids"] == ids
-        assert theirs.decode(ids) == text
+    texts = [*source[:5], *HARD, EMOJI]
+    ours = CharacterTokenizer.train(texts)
+    theirs = same_ids(transformers, ours, texts, tmp_path)
     specials = ours.vocabulary["specials"]
     unknown = theirs("a한국x", add_special_tokens=False)["input_ids"]
     assert unknown == ours.encode(["a한국x"])[0].tolist()

@@ -99,7 +99,7 @@ class Health:
         mse = self.squared / max(self.values, 1)
         mean = self.sum / max(self.values, 1)
         variance = self.sum_of_squares / max(self.values, 1) - mean**2
-        levels = [_of_codes(counts) for counts in self.counts]
+        levels = [of_codes(counts) for counts in self.counts]
         worst = worst_level(levels)
         figures: dict[str, Any] = {
             "images": self.images,
@@ -119,16 +119,17 @@ class Health:
         return figures
 
 
-def _of_codes(counts: np.ndarray) -> dict[str, Any]:
+def of_codes(counts: np.ndarray) -> dict[str, Any]:
     """Figures of one codebook from how often each code occurs."""
     total = int(counts.sum())
     p = counts[counts > 0] / max(total, 1)
     usage = float((counts > 0).mean())
+    reached = reachable(len(counts), total)
     return {
         "codebook_usage": usage,
         "codebook_perplexity": float(np.exp(-(p * np.log(p)).sum())),
         "dead_codes": int((counts == 0).sum()),
-        "usage_of_reachable": min(1.0, usage / reachable(len(counts), total)),
+        "usage_of_reachable": min(1.0, usage / reached) if total else 0.0,
     }
 
 

@@ -134,7 +134,7 @@ def pack(
     model's probabilities are no distribution, is stored. CodingError for a model that gives no
     probabilities that can be coded with even before the first symbol.
     """
-    alphabet = _alphabet(model)
+    alphabet = alphabet_of(model)
     splits: list[Split | NotForModel] = []
     for _, data in files:
         try:
@@ -158,7 +158,7 @@ def pack(
     return _assemble(model, files, splits, coded, fallback, layout)
 
 
-def _alphabet(model: Model) -> int:
+def alphabet_of(model: Model) -> int:
     """Symbols of the model's alphabet; CodingError if its first table cannot be coded with."""
     with torch.no_grad():
         first = model.cursor(1).next.pmf().float().cpu().numpy()
@@ -354,8 +354,8 @@ def _decode_items(
     threads = header.contract["threads"]
     if not 1 <= threads <= LARGEST_THREADS:
         raise ContainerError(f"was coded by {threads:,} threads, it says; 1 to {LARGEST_THREADS}")
-    if given and not (len(given) == len(lengths) and -1 <= min(given) <= max(given)
-                      < adapter.classes):  # fmt: skip
+    known = range(-1, adapter.classes)
+    if given and (len(given) != len(lengths) or any(number not in known for number in given)):
         raise ContainerError(f"names classes; the model has {adapter.classes}")
     for entry in entries:
         claimed = sum(entry.items)
@@ -384,7 +384,7 @@ def _decode_items(
 
 def _most_symbols(model: Model, streams: list[bytes]) -> float:
     spare = 64 * len(streams)  # bits that a stream's last word still tells apart
-    return (8 * sum(len(s) for s in streams) + spare) / least_bits(_alphabet(model))
+    return (8 * sum(len(s) for s in streams) + spare) / least_bits(alphabet_of(model))
 
 
 def _restore(adapter: Adapter, entry: Entry, parts: Parts, items: list[Symbols]) -> bytes:

@@ -66,7 +66,7 @@ class TokenSet:
             largest = entry.get("largest_id", 0)
             if not self.vocabulary.continuous and largest >= self.vocabulary.size:
                 raise ShardError(
-                    f"{self.shards.folder / entry['name']}: holds token {entry['largest_id']}, the "
+                    f"{self.shards.folder / entry['name']}: holds token {largest}, the "
                     f"vocabulary has {self.vocabulary.size}; pretokenize again with its own "
                     "tokenizer"
                 )

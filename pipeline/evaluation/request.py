@@ -7,7 +7,7 @@ input from another one in the same place.
 from pathlib import Path
 
 from chainrule.pipeline.artifact import Artifact, read_json, write_json
-from chainrule.pipeline.config import RequestError, Settings, digest, result_settings
+from chainrule.pipeline.config import RequestError, Settings, result_settings
 
 REQUEST = "request.json"
 
@@ -16,7 +16,7 @@ def take_up(working: Path, config: Settings, inputs: dict[str, list[Artifact]]) 
     """Whether a killed run of the same request left `working`; RequestError for another's."""
     request = {
         "settings": result_settings(config),
-        "inputs": {role: _identity(artifact) for role, (artifact,) in inputs.items()},
+        "inputs": {role: artifact.identity for role, (artifact,) in inputs.items()},
     }
     path = working / REQUEST
     if not path.exists():
@@ -35,13 +35,3 @@ def take_up(working: Path, config: Settings, inputs: dict[str, list[Artifact]]) 
         f"{working}: holds what a killed evaluation of another request left (other: "
         f"{', '.join(other)}); run that one again, name another --out, or remove it"
     )
-
-
-def _identity(artifact: Artifact) -> str:
-    if artifact.fingerprint:
-        return artifact.fingerprint
-    for name in ("card.json", "index.json"):
-        if (artifact.folder / name).is_file():
-            return digest(read_json(artifact.folder / name))
-    files = sorted(path for path in artifact.folder.iterdir() if path.is_file())
-    return digest([[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files])

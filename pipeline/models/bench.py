@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from chainrule.pipeline.devices import synchronise
 from chainrule.pipeline.models import native
 from chainrule.pipeline.models.contract import Autoregressive, Cursor
 from chainrule.pipeline.models.registry import build
@@ -246,26 +247,20 @@ def _walk(model: Autoregressive, x: Tensor, evaluations: int) -> tuple[float, fl
             event.append(_evaluation(model, event_x))
             if sequence:
                 known.append(_evaluation(model, x[:, : max(t, 1)]))
-        _finished(x.device)
+        synchronise(x.device)
         began = time.perf_counter()
         walk = walk or model.cursor(len(x))
         walk.next.sample(generator)
         walk.advance(x[:, t : t + 1])
-        _finished(x.device)
+        synchronise(x.device)
         cached += time.perf_counter() - began
     return cached / length, statistics.mean(event), statistics.mean(known) if known else None
 
 
 def _evaluation(model: Autoregressive, x: Tensor) -> float:
     model.conditionals(x)
-    _finished(x.device)
+    synchronise(x.device)
     began = time.perf_counter()
     model.conditionals(x)
-    _finished(x.device)
+    synchronise(x.device)
     return time.perf_counter() - began
-
-
-def _finished(device: torch.device) -> None:
-    """Waits for a GPU, whose work goes on behind the clock's back."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

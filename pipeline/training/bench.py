@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from chainrule.pipeline.data.batches import Batch
+from chainrule.pipeline.devices import synchronise
 from chainrule.pipeline.models.contract import Autoregressive
 from chainrule.pipeline.models.registry import build
 from chainrule.pipeline.stage import Stage
@@ -187,18 +188,13 @@ def take_turns(steps: dict[str, Step], rounds: int, device: torch.device) -> dic
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(rounds + 2):
         for name, step in steps.items():
-            _wait(device)
+            synchronise(device)
             began = time.perf_counter()
             step()
-            _wait(device)
+            synchronise(device)
             if turn >= 2:
                 times[name].append(time.perf_counter() - began)
     return times
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def ratio(numerator: list[float], denominator: list[float]) -> float:

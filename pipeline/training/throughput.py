@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from chainrule.pipeline.devices import synchronise
 from chainrule.pipeline.models.contract import Autoregressive
 
 PEAK_WITHIN_S = 0.4
@@ -64,17 +65,12 @@ def measured_peak(device: torch.device, precision: str) -> float:
     best = 0.0
     until = time.perf_counter() + PEAK_WITHIN_S
     while time.perf_counter() < until or best == 0.0:
-        _synchronise(device)
+        synchronise(device)
         began = time.perf_counter()
         a @ a
-        _synchronise(device)
+        synchronise(device)
         best = max(best, 2.0 * size**3 / (time.perf_counter() - began))
     return best
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def memory_gb(device: torch.device) -> float:
