@@ -12,13 +12,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from chainrule.pipeline.artifact import read_json
-from chainrule.pipeline.config import RequestError
+from chainrule.pipeline.artifact import MANIFEST, read_json
+from chainrule.pipeline.config import RequestError, nearest
 from chainrule.pipeline.tracking import client, tracking_uri
 
 SCHEME = "models:/"
 FOLDER, FINGERPRINT, STAGE = "chainrule.folder", "chainrule.fingerprint", "chainrule.stage"
-CARD = "card.json"
+CARD, THEIRS = "card.json", "config.json"
 
 
 def register(runs: Path, pipeline: str, stage: str, folder: Path, run_id: str) -> str | None:
@@ -76,12 +76,21 @@ def resolve(model: Path, runs: Path = Path("runs")) -> Path:
     """The folder that `model` means: a path, `PIPELINE/STAGE` below `runs`, or a registered
     model, `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
 
-    RequestError for a name that is not registered, or whose folder holds another model now.
+    RequestError for a name that is not registered, or whose folder holds another model now, and
+    for a folder that is none of a model.
     """
     name = model.as_posix()
     if not name.startswith(SCHEME):
         below = runs / model
-        return below if not model.exists() and (below / CARD).is_file() else model
+        folder = below if not model.exists() and (below / CARD).is_file() else model
+        likely = nearest("/".join(model.parts[-2:]), _handed_off(runs))
+        if not folder.is_dir():
+            raise RequestError(f"{name}: no such folder{likely}")
+        if not any((folder / file).is_file() for file in (CARD, THEIRS)):
+            raise RequestError(
+                f"{name}: no model there: neither {CARD} nor, of transformers, {THEIRS}{likely}"
+            )
+        return folder
     from mlflow.exceptions import MlflowException
 
     wanted = name.removeprefix(SCHEME)
@@ -114,3 +123,12 @@ def resolve(model: Path, runs: Path = Path("runs")) -> Path:
             f"{version.tags.get(FINGERPRINT, '')[:16]}; take the path itself, or hand it off again"
         )
     return folder
+
+
+def _handed_off(runs: Path) -> list[str]:
+    """The models below `runs`, as they may be named."""
+    return [
+        path.parent.relative_to(runs).as_posix()
+        for path in sorted(runs.glob(f"*/*/{MANIFEST}"))
+        if read_json(path).get("job") in ("handoff", "distill")
+    ]

@@ -1,11 +1,13 @@
 """Handed-off models in a real MLflow registry: versions, aliases, and what is refused."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
 from chainrule.pipeline import tracking
+from chainrule.pipeline.artifact import MANIFEST
 from chainrule.pipeline.cli import model_folders
 from chainrule.pipeline.config import RequestError
 from chainrule.pipeline.model_registry import register, resolve
@@ -53,6 +55,24 @@ def test_versions_aliases_and_folders(tmp_path: Path) -> None:
             resolve(Path(wrong), runs)
     with pytest.raises(RequestError, match="write it as"):
         resolve(Path("models:/digits"), runs)
+
+
+def test_a_path_that_is_no_model_is_refused_and_the_nearest_named(tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    folder = saved(runs / "digits" / "digits_model", 0)
+    (folder / MANIFEST).write_text(json.dumps({"job": "handoff"}))
+    tokens = runs / "digits" / "digits_tokens"
+    tokens.mkdir()
+    (tokens / MANIFEST).write_text(json.dumps({"job": "pretokenize"}))
+    for wrong in (runs / "digits" / "digits_modell", Path("digits/digits_modl")):
+        with pytest.raises(
+            RequestError, match="no such folder; did you mean 'digits/digits_model'"
+        ):
+            resolve(wrong, runs)
+    with pytest.raises(RequestError, match="digits_tokens: no model there: neither card.json nor"):
+        resolve(tokens, runs)
+    with pytest.raises(RequestError, match="nothing: no such folder$"):
+        resolve(tmp_path / "nothing", tmp_path)
 
 
 def test_a_registry_that_is_away_stops_nothing(
