@@ -19,18 +19,26 @@ from pydantic import Field
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from chainrule.jobs.sample import open_source
-from chainrule.pipeline.artifact import Artifact, require_same
+from chainrule.jobs.sample import open_source, token_set
+from chainrule.pipeline.artifact import Artifact
 from chainrule.pipeline.config import RequestError, Settings, result_settings, runtime
 from chainrule.pipeline.data.batches import Mixture, mixture_of, sequential
 from chainrule.pipeline.data.tokens import TokenSet
 from chainrule.pipeline.models import folder as model_folder
 from chainrule.pipeline.models.contract import Autoregressive
+from chainrule.pipeline.models.inputs import has_captions
 from chainrule.pipeline.sampling.distillation import Rows, divergence, new_draft
-from chainrule.pipeline.sampling.request import Config as SampleConfig, Request, Source, settle
+from chainrule.pipeline.sampling.request import (
+    Captioned,
+    Config as SampleConfig,
+    Request,
+    Source,
+    settle,
+)
 from chainrule.pipeline.sampling.sampler import draw
 from chainrule.pipeline.sampling.store import Layout, Store
 from chainrule.pipeline.stage import Input, Stage, StageFailed
+from chainrule.pipeline.training.objective import condition_of
 
 INPUTS = {
     "model": Input(("handoff",)),
@@ -75,7 +83,7 @@ def main(config: Config, stage: Stage) -> None:
     if own_share > 0 and config.own_samples == 0:
         raise RequestError("own_samples: 0, and nothing else to learn from; give `tokens`")
     draft = new_draft(source.model, config.layers, config.model, config.seed).to(source.device)
-    own = OwnSamples(config, source, stage) if own_share > 0 else None
+    own = OwnSamples(config, source, stage, data) if own_share > 0 else None
     train(config, stage, source, draft, data, own, own_share)
     validate(config, stage, source, draft, own)
     publish(stage, source, draft, model_artifact, config)
@@ -86,32 +94,22 @@ def training_tokens(source: Source, given: list[Artifact], config: Config) -> Mi
     if not given:
         return None
     return mixture_of(
-        [_token_set(source, artifact, "train") for artifact in given],
+        [token_set(source, artifact, "train") for artifact in given],
         source.elements,
         seed=config.seed,
     )
 
 
-def _token_set(source: Source, artifact: Artifact, split: str) -> TokenSet:
-    tokens = TokenSet.open(artifact.folder, split)
-    if source.card.get("tokenizer"):
-        require_same(
-            "tokens and model",
-            source.card["tokenizer"]["fingerprint"],
-            "the model's tokenizer",
-            tokens.tokenizer_fingerprint,
-            str(artifact.folder),
-        )
-    return tokens
-
-
 class OwnSamples:
     """Samples of the model, kept in a store until the draft is done."""
 
-    def __init__(self, config: Config, source: Source, stage: Stage) -> None:
+    def __init__(self, config: Config, source: Source, stage: Stage, data: Mixture | None) -> None:
         self.config, self.source = config, source
         wanted = SampleConfig(number=config.own_samples, seed=config.seed)
-        request = settle(wanted, source)
+        captions = None
+        if data is not None and has_captions(source.model.config):
+            captions = captions_of(data.members[0].tokens, config.own_samples, source)
+        request = settle(wanted, source, captions=captions)
         self.request = request
         per_shard = min(50, config.own_samples)
         columns = source.elements
@@ -152,14 +150,21 @@ class OwnSamples:
 
     def at(self, index: torch.Tensor) -> Rows:
         model, device = self.source.model, self.source.device
-        cond = None
-        if self.request.classes is not None:
-            classes = torch.tensor(self.request.classes)
-            cond = classes[index % len(classes)].to(device)
+        cond = self.request.cond(index.tolist())
+        cond = None if cond is None else cond.to(device)
         x = model.to_event(self.x[index].to(device))
         counts = torch.arange(self.x.shape[1]) < self.lengths[index].unsqueeze(1)
         mask = None if bool(counts.all()) else model.to_event(counts.to(device))
         return Rows(x, cond, None, mask)
+
+
+def captions_of(tokens: TokenSet, number: int, source: Source) -> Captioned | None:
+    """First captions of so many samples from all over a set, None where they have none."""
+    if tokens.captions is None:
+        return None
+    metas = [tokens[i][1] for i in tokens.shards.spread(tokens.split, number)]
+    texts = [meta["captions"][0] for meta in metas]
+    return Captioned.of_ids(texts, [meta["caption_ids"][0] for meta in metas], source)
 
 
 def _made(folder: Path) -> Path:
@@ -195,7 +200,12 @@ def train(
                 batch = data.batch(step * data_rows, data_rows, step=step).to(source.device)
                 shape = (len(batch.x), *source.model.event_shape)
                 mask = None if batch.mask is None else batch.mask.reshape(shape)
-                rows = Rows(batch.x.reshape(shape), batch.cond, batch.documents, mask)
+                rows = Rows(
+                    batch.x.reshape(shape),
+                    condition_of(batch, source.model.config),
+                    batch.documents,
+                    mask,
+                )
                 parts += _split(rows, config.micro_batch)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
@@ -283,7 +293,7 @@ def validate(
     given = stage.inputs.get("tokens", [])
     parts = []
     if given:
-        tokens = _token_set(source, given[0], "validation")
+        tokens = token_set(source, given[0], "validation")
         mixture = mixture_of([tokens], source.elements, shuffle=False)
         for number, batch in enumerate(sequential(mixture, config.batch_size)):
             if number == config.validation_batches:
@@ -291,7 +301,14 @@ def validate(
             batch = batch.to(source.device)
             shape = (len(batch.x), *source.model.event_shape)
             mask = None if batch.mask is None else batch.mask.reshape(shape)
-            parts.append(Rows(batch.x.reshape(shape), batch.cond, batch.documents, mask))
+            parts.append(
+                Rows(
+                    batch.x.reshape(shape),
+                    condition_of(batch, source.model.config),
+                    batch.documents,
+                    mask,
+                )
+            )
         where = "validation"
     else:
         assert own is not None
@@ -312,11 +329,12 @@ def publish(
     """The draft as a model folder, with the model's tokenizer; what was temporary goes."""
     card = {
         name: source.card.get(name)
-        for name in ("modality", "vocabulary", "grid", "classes", "tokenizer")
+        for name in ("modality", "vocabulary", "grid", "classes", "tokenizer", "captions")
     }
-    if source.card.get("tokenizer"):
-        path = source.card["tokenizer"]["path"]
-        shutil.copytree(model.folder / path, stage.folder / path, dirs_exist_ok=True)
+    for name in ("tokenizer", "captions"):
+        path = (source.card.get(name) or {}).get("path")
+        if path is not None:
+            shutil.copytree(model.folder / path, stage.folder / path, dirs_exist_ok=True)
     validation = {"split": stage.summary["measured_on"], "unit": "nats an element"}
     validation["divergence"] = stage.summary["divergence"]
     card = {

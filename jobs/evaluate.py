@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from chainrule.jobs.sample import open_source
+from chainrule.jobs.sample import open_source, require_tokenizers
 from chainrule.pipeline.artifact import (
     Artifact,
     ArtifactError,
@@ -43,6 +43,7 @@ from chainrule.pipeline.evaluation.figures import Figures
 from chainrule.pipeline.evaluation.frechet import inception
 from chainrule.pipeline.evaluation.held_out import (
     Encoded,
+    Given,
     HeldOut,
     Stored,
     documents,
@@ -65,6 +66,7 @@ from chainrule.pipeline.evaluation.likelihood_figures import (
 from chainrule.pipeline.evaluation.linear_probe import probe_model, probe_picture, put_probes
 from chainrule.pipeline.evaluation.request import take_up
 from chainrule.pipeline.evaluation.round_trip import measure_audio, measure_images, measure_texts
+from chainrule.pipeline.models.inputs import has_captions
 from chainrule.pipeline.models.made import MADE
 from chainrule.pipeline.sampling.request import Source
 from chainrule.pipeline.stage import Input, Stage, StageFailed
@@ -147,7 +149,20 @@ def _held_out(config: Config, stage: Stage, source: Source | None) -> HeldOut | 
     if source is None or source.tokenizer is None or stage.optional("data") is None:
         return None
     shards = Shards.open(stage.input("data").folder)
-    return Encoded(shards, source.tokenizer, config.split, config.limit)
+    captions = getattr(source.model.config, "captions", None)
+    if captions is not None and shards.captioned and source.captioner is None:
+        raise StageFailed(
+            f"{stage.input('model').folder}: holds no tokenizer of captions; hand the model off "
+            "again with it among the inputs `tokenizer`, or evaluate on `tokens`"
+        )
+    return Encoded(
+        shards,
+        source.tokenizer,
+        config.split,
+        config.limit,
+        captioner=source.captioner if captions is not None else None,
+        caption_tokens=captions.length if captions is not None else 0,
+    )
 
 
 def likelihood(
@@ -174,7 +189,8 @@ def likelihood(
     tally = Tally(positions=int(tokens.lengths.max()) if as_events else 4096)
     for i, nats in enumerate(parts.samples()):
         tally.add(nats, label_of(tokens.meta(i)) if tokens.classes else None)
-    given = " given its class" if is_conditional(source, tokens) else ""
+    condition = condition_of(source, tokens)
+    given = "" if condition is None else f" given its {condition}"
     windows = None if as_events else (source.elements, _stride(config, source))
     if tokens.vocabulary.continuous:
         card = source.tokenizer.card() if source.tokenizer is not None else {}
@@ -214,15 +230,7 @@ def is_events(source: Source, tokens: HeldOut) -> bool:
 
 
 def _same_tokenizer(source: Source, tokens: HeldOut, stage: Stage) -> None:
-    card = source.card.get("tokenizer")
-    if card is not None:
-        require_same(
-            "tokenizers of model and tokens",
-            card["fingerprint"],
-            f"the model {stage.input('model').name}",
-            tokens.tokenizer_fingerprint,
-            str(tokens.shards.folder),
-        )
+    require_tokenizers(source, tokens, f"the model {stage.input('model').name}")
     size = (source.card.get("vocabulary") or {}).get("size", tokens.vocabulary.size)
     if size < tokens.vocabulary.size:
         raise StageFailed(
@@ -254,12 +262,12 @@ def _same_data(tokens: HeldOut, stage: Stage) -> None:
 def _score(
     config: Config, source: Source, tokens: HeldOut, todo: range, as_events: bool
 ) -> Iterator[np.ndarray]:
-    model, conditional = source.model, is_conditional(source, tokens)
+    model, given = source.model, condition_of(source, tokens)
     if as_events:
-        batches = event_batches(tokens, todo, model.event_shape, conditional, config.batch_size)
+        batches = event_batches(tokens, todo, model.event_shape, given, config.batch_size)
         yield from score_events(model, batches)
     else:
-        found = documents(tokens, todo, conditional)
+        found = documents(tokens, todo, given)
         yield from score_documents(model, found, _stride(config, source), config.batch_size)
 
 
@@ -267,9 +275,11 @@ def _stride(config: Config, source: Source) -> int:
     return config.stride or max(source.elements // 2, 1)
 
 
-def is_conditional(source: Source, tokens: HeldOut) -> bool:
-    """Whether samples are scored under their own class."""
-    return bool(source.card.get("classes")) and tokens.classes is not None
+def condition_of(source: Source, tokens: HeldOut) -> Given | None:
+    """What samples are scored under, if anything: their own class or caption."""
+    if has_captions(source.model.config):
+        return None if tokens.captions is None else "caption"
+    return "class" if source.card.get("classes") and tokens.classes is not None else None
 
 
 @torch.inference_mode()
@@ -280,12 +290,12 @@ def _figures_of_ensemble(config: Config, source: Source, tokens: HeldOut, figure
         return
     device = next(model.parameters()).device
     nats = 0.0
-    conditional = is_conditional(source, tokens)
+    given = condition_of(source, tokens)
     for x, cond in event_batches(
-        tokens, range(tokens.samples), model.event_shape, conditional, config.batch_size
+        tokens, range(tokens.samples), model.event_shape, given, config.batch_size
     ):
-        given = None if cond is None else cond.to(device)
-        nats -= float(model.ensemble_log_prob(x.to(device), given).double().sum())
+        cond = None if cond is None else cond.to(device)
+        nats -= float(model.ensemble_log_prob(x.to(device), cond).double().sum())
     figures.put(
         "ensemble_nats_per_sample",
         nats / tokens.samples,

@@ -20,12 +20,12 @@ import torch
 import yaml
 from PIL import Image
 
-from chainrule.jobs.sample import open_source
-from chainrule.pipeline.artifact import MANIFEST, Artifact, ArtifactError
+from chainrule.jobs.sample import CAPTIONS, open_source
+from chainrule.pipeline.artifact import MANIFEST, Artifact, ArtifactError, read_json
 from chainrule.pipeline.data.reader import Shards
 from chainrule.pipeline.data.tokens import TokenSet
 from chainrule.pipeline.sampling.memory import copied, nearest
-from chainrule.pipeline.sampling.request import Source
+from chainrule.pipeline.sampling.request import Captioned, Source
 from chainrule.pipeline.sampling.store import Store
 
 TEMPLATE = Path(__file__).parents[1] / "pipeline" / "gallery_template.html"
@@ -80,9 +80,8 @@ def stage_data(artifact: Artifact, root: Path) -> dict[str, Any]:
     number = min(store.number, SHOWN)
     tokens = store.read("tokens")[:number]
     lengths = store.read("length")[:number]
-    classes = store.read("class")[:number] if "class" in store.arrays else None
-    nats = surprise(source, tokens, lengths, classes)
-    names = source.card.get("classes") or []
+    asked, names, cond = asked_for(artifact.folder, store, source, number)
+    nats = surprise(source, tokens, lengths, cond)
     data: dict[str, Any] = {
         "name": artifact.name,
         "modality": source.modality,
@@ -97,7 +96,7 @@ def stage_data(artifact: Artifact, root: Path) -> dict[str, Any]:
         "samples": [
             {
                 "number": i,
-                "class": None if classes is None or classes[i] < 0 else names[classes[i]],
+                "class": None if asked is None or asked[i] < 0 else names[asked[i]],
                 "nats": -float(store_nats),
                 "seed": str(seed),
                 "surprise": np.round(nats[i], 2).tolist(),
@@ -114,9 +113,25 @@ def stage_data(artifact: Artifact, root: Path) -> dict[str, Any]:
     return data
 
 
+def asked_for(
+    folder: Path, store: Store, source: Source, number: int
+) -> tuple[np.ndarray | None, list[str], torch.Tensor | None]:
+    """Of the first samples: which class or caption each is of (None where there are none), the
+    names of all, and what the model takes for it."""
+    if "caption" in store.arrays:
+        captions = Captioned.of(read_json(folder / CAPTIONS), source)
+        asked = store.read("caption")[:number]
+        return asked, captions.texts, captions.ids[asked]
+    names = [str(name) for name in source.card.get("classes") or []]
+    if "class" not in store.arrays:
+        return None, names, None
+    asked = store.read("class")[:number]
+    return asked, names, torch.from_numpy(asked)
+
+
 @torch.no_grad()
 def surprise(
-    source: Source, tokens: np.ndarray, lengths: np.ndarray, classes: np.ndarray | None
+    source: Source, tokens: np.ndarray, lengths: np.ndarray, condition: torch.Tensor | None
 ) -> list[np.ndarray]:
     """-log p of each element given those before it, in nats, laid out as the tokens are."""
     model = source.model
@@ -126,7 +141,7 @@ def surprise(
         part = slice(start, start + BATCH)
         x = torch.from_numpy(tokens[part].astype(np.int64 if tokens.dtype.kind in "iu" else float))
         shape = (len(x), *model.event_shape) if whole else (len(x), -1)
-        cond = None if classes is None else torch.from_numpy(classes[part])
+        cond = None if condition is None else condition[part]
         nats = -model.log_prob(x.reshape(shape), cond)
         if whole:
             nats = model.to_event(nats)

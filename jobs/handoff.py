@@ -66,6 +66,7 @@ def main(config: Config, stage: Stage) -> None:
         card["tokenizer"], card["tokenizers"] = copy_tokenizers(
             description, tokenizers, stage.folder
         )
+        card["captions"] = copy_captions_tokenizer(description, tokenizers, stage.folder)
         bar.update(1)
         card = model_folder.save(model, stage.folder, card, config.shard_bytes)
         bar.update(1)
@@ -162,6 +163,8 @@ def matching_tokenizers(
 ) -> dict[str, Artifact]:
     """Each tokenizer by its fingerprint; LineageError, with both, where one does not belong."""
     wanted = {entry["fingerprint"]: entry for entry in description["tokenizers"]}
+    if description.get("captions") is not None:
+        wanted[description["captions"]["fingerprint"]] = description["captions"]
     found = {}
     for artifact in given:
         fingerprint = str(artifact.card["fingerprint"])
@@ -190,16 +193,37 @@ def copy_tokenizers(
         artifact = given.get(entry["fingerprint"])
         if artifact is not None:
             path = name
-            shutil.rmtree(folder / name, ignore_errors=True)
-            (folder / name).mkdir()
-            try:
-                load_tokenizer(artifact.folder).save(folder / name)
-            except TokenizerError as error:
-                raise ArtifactError(str(error)) from None
-            # The card as training left it: codebook health and all.
-            shutil.copyfile(artifact.folder / "card.json", folder / name / "card.json")
+            _copy(artifact, folder / name)
         entries.append({**entry, "path": path})
     if several:
         return None, entries
     kept = ("kind", "fingerprint", "path")
     return {name: entries[0][name] for name in kept}, entries
+
+
+def copy_captions_tokenizer(
+    description: dict[str, Any], given: dict[str, Artifact], folder: Path
+) -> dict[str, Any] | None:
+    """The card's `captions`: the tokenizer of what the model is conditioned on, copied to
+    `tokenizer-captions/`; None for a model without captions."""
+    captions = description.get("captions")
+    if captions is None:
+        return None
+    artifact = given.get(captions["fingerprint"])
+    if artifact is None:
+        return {**captions, "path": None}
+    name = "tokenizer-captions"
+    _copy(artifact, folder / name)
+    return {**captions, "path": name}
+
+
+def _copy(artifact: Artifact, folder: Path) -> None:
+    """A tokenizer, verified on the way."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        load_tokenizer(artifact.folder).save(folder)
+    except TokenizerError as error:
+        raise ArtifactError(str(error)) from None
+    # The card as training left it: codebook health and all.
+    shutil.copyfile(artifact.folder / "card.json", folder / "card.json")

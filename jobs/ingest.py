@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from chainrule.pipeline.config import Settings, runtime
 from chainrule.pipeline.data import sources
@@ -50,6 +50,9 @@ SourceSettings = Annotated[
 ]
 
 
+CLASS = "{class}"
+
+
 class Config(Settings):
     source: SourceSettings
     validation: float | None = Field(
@@ -59,12 +62,26 @@ class Config(Settings):
         description="share held out; null: the source's own split, or a tenth where it has none",
     )
     validation_tail: bool = Field(False, description="hold out the last inputs, not random ones")
+    caption_templates: list[str] | None = Field(
+        None,
+        min_length=1,
+        description='captions made of classes: ["a {class}", "a photo of a {class}"]; models are '
+        "then conditioned on texts, not on classes",
+    )
     seed: int = Field(0, description="of the split")
     samples_per_shard: int = Field(1000, ge=1)
     max_skipped: float = runtime(
         0.01, ge=0, le=1, description="share of unreadable inputs above which the stage stops"
     )
     workers: int = runtime(0, ge=0, description="processes that read; 0 reads in this one")
+
+    @field_validator("caption_templates")
+    @classmethod
+    def _templates_name_the_class(cls, value: list[str] | None) -> list[str] | None:
+        for template in value or []:
+            if CLASS not in template:
+                raise ValueError(f"caption_templates: '{template}' has no {CLASS}")
+        return value
 
 
 def source_files(config: Config) -> list[Path]:
@@ -76,6 +93,16 @@ def main(config: Config, stage: Stage) -> None:
     if not stage.is_main:
         return
     source = config.source.open()
+    if config.caption_templates is not None:
+        fault = None
+        if source.captioned:
+            fault = "the source has captions of its own; give one of them"
+        elif source.modality != "image":
+            fault = f"they are for pictures, the source holds {source.modality}; leave them out"
+        elif source.classes is None:
+            fault = "they are made of classes and the source has none; leave them out"
+        if fault is not None:
+            raise StageFailed(f"stage '{stage.name}': caption_templates: {fault}")
     splits = sources.split(source, config.validation, config.seed, config.validation_tail)
     shards = list(_shards(splits, config.samples_per_shard))
     skipped = 0
@@ -92,6 +119,7 @@ def main(config: Config, stage: Stage) -> None:
         kind="raw",
         modality=source.modality,
         classes=source.classes,
+        captioned=source.captioned or config.caption_templates is not None,
         shards=len(shards),
     )
     counts = {name: _samples(index, name) for name in SPLITS}
@@ -155,7 +183,12 @@ def _write(
                 if shard.skipped > _allowed(config, source):
                     raise _too_many(config, source, line, shard.skipped) from None
                 continue
-            shard.write(key_of(i), raw.members, raw_bytes=raw.raw_bytes)
+            members = raw.members
+            if config.caption_templates is not None:
+                meta = members["json"]
+                captions = [t.replace(CLASS, meta["class"]) for t in config.caption_templates]
+                members = {**members, "json": {**meta, "captions": captions}}
+            shard.write(key_of(i), members, raw_bytes=raw.raw_bytes)
     entry = finished(folder, number)
     assert entry is not None, f"shard {number} vanished from {folder}"
     return entry

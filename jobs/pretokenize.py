@@ -8,6 +8,9 @@ counts with the input's. A worker is a rank (RANK of WORLD_SIZE, no process grou
 task of an array that calls `encode_shards` with its part; whoever runs `main` as rank 0
 waits for the others' shards and writes the index.
 
+Pictures with captions take a second, textual tokenizer (the input `captions`): each token
+sample then has the ids of its captions in its metadata (`caption_ids`), a list a caption.
+
 A collapsed codebook is refused before anything is encoded (`minimum_usage`).
 """
 
@@ -19,11 +22,12 @@ from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import accumulate, islice
+from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from pydantic import Field
 
 from chainrule.pipeline.artifact import Artifact, read_json, write_json
@@ -34,6 +38,7 @@ from chainrule.pipeline.data.tokens import OF_ONE_SHAPE
 from chainrule.pipeline.devices import chosen_device
 from chainrule.pipeline.stage import Input, Stage, StageFailed
 from chainrule.tokenizers import interface
+from chainrule.tokenizers.autoencoder import AutoencoderTokenizer
 from chainrule.tokenizers.interface import Tokenizer, TokenizerError
 from chainrule.tokenizers.text import SentencePieceTokenizer
 from chainrule.tokenizers.views import Views
@@ -41,15 +46,21 @@ from chainrule.tokenizers.views import Views
 INPUTS: dict[str, Input] = {
     "data": Input(("ingest",)),
     "tokenizer": Input(("train_tokenizer",)),
+    "captions": Input(("train_tokenizer",), optional=True),
 }
 
 DECODED_AT_ONCE = 16
 """Samples that a decoding thread takes at once, at most."""
+PIXELS_AT_ONCE = 1 << 21
+"""Pixels that are encoded at once on a CPU, unless a single batch has more."""
 
 
 class Config(Settings):
     batch_size: int = Field(64, ge=1, description="samples encoded at once")
     views: Views | None = Field(None, description="augmentations baked in (images)")
+    caption_tokens: int = Field(
+        128, ge=1, description="captions are cut after so many tokens (of the input `captions`)"
+    )
     minimum_usage: float = Field(
         0.25,
         ge=0,
@@ -115,6 +126,48 @@ def open_inputs(config: Config, stage: Stage) -> tuple[Shards, Tokenizer]:
     return shards, tokenizer
 
 
+class CaptionEncoder:
+    """Captions as lists of token ids, cut to `most`."""
+
+    def __init__(self, tokenizer: Tokenizer, most: int) -> None:
+        self.tokenizer, self.most = tokenizer, most
+        self.longest = self.cut = 0
+        """Tokens of the longest caption; captions that were cut."""
+
+    @classmethod
+    def open(cls, config: Config, stage: Stage, shards: Shards) -> "CaptionEncoder | None":
+        """None where the samples have no captions. StageFailed where tokenizer and captions do
+        not come together."""
+        given, raw = stage.optional("captions"), stage.input("data").folder
+        if given is None and not shards.captioned:
+            return None
+        if given is None:
+            raise StageFailed(
+                f"{raw}: holds captions: give the stage a tokenizer of text as its input "
+                "`captions`, or ingest without them"
+            )
+        if not shards.captioned:
+            raise StageFailed(
+                f"{raw}: holds no captions, the stage has a tokenizer for them ({given.folder}); "
+                "set `captions` of ingest's source, or drop the input"
+            )
+        try:
+            tokenizer = interface.load(given.folder)
+        except TokenizerError as error:
+            raise StageFailed(str(error)) from None
+        if tokenizer.modality != "text":
+            raise StageFailed(
+                f"{given.folder}: a tokenizer of {tokenizer.modality}; captions are text"
+            )
+        return cls(tokenizer, config.caption_tokens)
+
+    def __call__(self, captions: Sequence[str]) -> list[list[int]]:
+        encoded = [ids.tolist() for ids in self.tokenizer.encode(list(captions))]
+        self.cut += sum(len(ids) > self.most for ids in encoded)
+        self.longest = max(self.longest, *(min(len(ids), self.most) for ids in encoded))
+        return [ids[: self.most] for ids in encoded]
+
+
 def _use_gigatoken(shards: Shards, tokenizer: Tokenizer, folder: Path, sample: int = 100) -> None:
     if not isinstance(tokenizer, SentencePieceTokenizer):
         raise StageFailed(
@@ -148,13 +201,18 @@ def encode_shards(
     """Encode every shard of this part (`part` of `parts`) that is not whole yet."""
     mine = range(part, len(shards.entries), parts)
     allowed = _allowed(config, shards)
+    captions = CaptionEncoder.open(config, stage, shards)
     skipped = tokens = encoded = 0
     began = time.monotonic()
     with stage.progress(sum(shards.entries[i]["samples"] for i in mine), "samples") as progress:
         for number in mine:
             entry = finished(stage.folder, number)
             if entry is None:
-                entry = _encode_shard(config, stage.folder, shards, tokenizer, number, allowed)
+                if captions is not None:
+                    captions.longest = captions.cut = 0  # of a shard
+                entry = _encode_shard(
+                    config, stage.folder, shards, tokenizer, captions, number, allowed
+                )
                 encoded += entry["samples"]
                 tokens += entry["tokens"]
             skipped += len(entry["skipped"])
@@ -197,23 +255,28 @@ class Piece:
 
 
 def _encode_shard(
-    config: Config, folder: Path, shards: Shards, tokenizer: Tokenizer, number: int, allowed: int
+    config: Config,
+    folder: Path,
+    shards: Shards,
+    tokenizer: Tokenizer,
+    captions: CaptionEncoder | None,
+    number: int,
+    allowed: int,
 ) -> dict[str, Any]:
     """Write token shard `number`; its entry. Batches begin anew in each shard.
 
-    Three things go on at once: raw samples are read and decoded (threads), the batch before
-    them is encoded (one thread), and the one before that is written (here).
+    Three things go on at once: raw samples are read and decoded (threads), the batches before
+    them are encoded (see `_side_by_side`), and the one before those is written (here).
     """
     modality = shards.modality
     eos = tokenizer.vocabulary["specials"].get("eos") if modality == "text" else None
     shapes: set[tuple[int, ...]] = set()
     with (
         ShardWriter(folder, number, shards.entries[number]["split"]) as writer,
-        ThreadPoolExecutor(1, "encode") as encoder,
         closing(_pieces(shards, number, config)) as batches,
+        closing(_encoded(tokenizer, batches)) as done,
     ):
-        ready = (encoder.submit(_encode, tokenizer, batch) for batch in batches)
-        for pieces, encoded in (future.result() for future in _ahead(ready)):
+        for pieces, encoded in done:
             for piece, tokens in zip(pieces, encoded, strict=True):
                 if tokens is None:
                     last = writer.skip("sample", piece.where, str(piece.fault))
@@ -221,26 +284,66 @@ def _encode_shard(
                 shapes.add(tokens.shape)
                 if eos is not None:
                     tokens = np.append(tokens, np.array(eos, tokens.dtype))
-                members = {"tokens.npy": tokens, "json": piece.meta}
+                meta = piece.meta
+                if captions is not None:
+                    meta = {**meta, "caption_ids": captions(meta["captions"])}
+                members = {"tokens.npy": tokens, "json": meta}
                 writer.write(key_of(piece.number), members, tokens.size, piece.raw_bytes)
             if writer.skipped > allowed:  # inside the `with`: the cut shard is dropped
                 raise _too_many(config, shards, last, writer.skipped)
-        # inside the `with`: whoever finds the shard whole finds its shapes as well
+        # inside the `with`: whoever finds the shard whole finds what is known of it as well
         if modality in OF_ONE_SHAPE:
-            write_json(_shapes_path(folder, number), sorted(map(list, shapes)))
+            found: dict[str, Any] = {"shapes": sorted(map(list, shapes))}
+            if captions is not None:
+                found |= {"longest_caption": captions.longest, "captions_cut": captions.cut}
+            write_json(_found_path(folder, number), found)
     entry = finished(folder, number)
     assert entry is not None, f"shard {number} vanished from {folder}"
     return entry
 
 
-def _ahead(items: Iterator[Any]) -> Iterator[Any]:
-    """The same items, the next one asked for before the one at hand is given out."""
-    held = [next(items, None)]
-    for item in items:
-        held.append(item)
-        yield held.pop(0)
-    if held[0] is not None:
-        yield held[0]
+def _encoded(
+    tokenizer: Tokenizer, batches: Iterator[list[Piece]]
+) -> Generator[tuple[Sequence[Piece], list[np.ndarray | None]], None, None]:
+    """Batches and their tokens, in order; the next are being encoded while one is given out."""
+    first = next(batches, None)
+    if first is None:
+        return
+    before = torch.get_num_threads()
+    together = _side_by_side(tokenizer, first, before)
+    threads = max(1, before // together)
+    pool = ThreadPoolExecutor(together, "encode", torch.set_num_threads, (threads,))
+    pending: deque[tuple[int, Future[Any]]] = deque()
+    try:
+        with pool:
+            for batch in chain([first], batches):
+                pixels = _pixels(batch) if together > 1 else 0
+                while pending and (
+                    len(pending) > together
+                    or pixels + sum(size for size, _ in pending) > PIXELS_AT_ONCE
+                ):
+                    yield pending.popleft()[1].result()
+                pending.append((pixels, pool.submit(_encode, tokenizer, batch)))
+            while pending:
+                yield pending.popleft()[1].result()
+    finally:
+        torch.set_num_threads(before)  # what a thread of the pool set, others begin with
+
+
+def _side_by_side(tokenizer: Tokenizer, batch: Sequence[Piece], threads: int) -> int:
+    """How many batches are encoded at once, each with its share of the threads.
+
+    On a CPU a thread a batch is faster than all of them on one, and leaves room for those that
+    decode; but each batch holds its activations, so that large ones go one by one.
+    """
+    if not isinstance(tokenizer, AutoencoderTokenizer) or tokenizer.device.type != "cpu":
+        return 1
+    pixels = _pixels(batch)
+    return max(1, min(threads, PIXELS_AT_ONCE // pixels)) if pixels else 1
+
+
+def _pixels(batch: Sequence[Piece]) -> int:
+    return sum(piece.raw.shape[0] * piece.raw.shape[1] for piece in batch if piece.fault is None)
 
 
 def _pieces(shards: Shards, number: int, config: Config) -> Generator[list[Piece], None, None]:
@@ -334,23 +437,32 @@ def _most_views(config: Config) -> int:
     return config.views.count("train") if config.views is not None else 1
 
 
-def _shapes_path(folder: Path, number: int) -> Path:
-    return folder / f"shard-{number:06d}.shapes.json"
+def _found_path(folder: Path, number: int) -> Path:
+    return folder / f"shard-{number:06d}.found.json"
 
 
-def _grid(folder: Path, shards: Shards) -> list[int] | None:
-    """The shape that all samples have; None where they differ, or are sequences."""
+def _gathered(
+    folder: Path, shards: Shards, captions: CaptionEncoder | None
+) -> tuple[list[int] | None, dict[str, Any] | None]:
+    """The index's `grid`, the shape that all samples have (None where they differ, or are
+    sequences), and its `captions` (see TokenSet; None without)."""
     if (folder / "index.json").is_file():  # an earlier attempt was killed after this was settled
-        found: list[int] | None = read_json(folder / "index.json")["grid"]
-        return found
+        index = read_json(folder / "index.json")
+        return index["grid"], index.get("captions")
     if shards.modality not in OF_ONE_SHAPE:
-        return None
-    shapes = {
-        tuple(shape)
-        for number in range(len(shards.entries))
-        for shape in read_json(_shapes_path(folder, number))
+        return None, None
+    found = [read_json(_found_path(folder, number)) for number in range(len(shards.entries))]
+    shapes = {tuple(shape) for of_shard in found for shape in of_shard["shapes"]}
+    grid = list(shapes.pop()) if len(shapes) == 1 else None
+    if captions is None:
+        return grid, None
+    return grid, {
+        "fingerprint": captions.tokenizer.fingerprint,
+        "kind": captions.tokenizer.kind,
+        "vocabulary_size": captions.tokenizer.vocabulary["size"],
+        "longest": max(of_shard["longest_caption"] for of_shard in found),
+        "cut": sum(of_shard["captions_cut"] for of_shard in found),
     }
-    return list(shapes.pop()) if len(shapes) == 1 else None
 
 
 def _require_few_skipped(config: Config, folder: Path, shards: Shards) -> None:
@@ -366,6 +478,8 @@ def _require_few_skipped(config: Config, folder: Path, shards: Shards) -> None:
 def write_index(config: Config, stage: Stage, shards: Shards, tokenizer: Tokenizer) -> None:
     """Gather the shards into index.json; StageFailed where a count is not the input's."""
     _require_few_skipped(config, stage.folder, shards)
+    captions = CaptionEncoder.open(config, stage, shards)
+    grid, of_captions = _gathered(stage.folder, shards, captions)
     index = finish(
         stage.folder,
         kind="tokens",
@@ -374,7 +488,8 @@ def write_index(config: Config, stage: Stage, shards: Shards, tokenizer: Tokeniz
         classes=shards.classes,
         vocabulary=tokenizer.vocabulary,
         tokenizer={"fingerprint": tokenizer.fingerprint, "kind": tokenizer.kind},
-        grid=_grid(stage.folder, shards),
+        grid=grid,
+        captions=of_captions,
         source=stage.input("data").fingerprint,
         views=config.views.model_dump(mode="json") if config.views is not None else None,
     )
@@ -389,7 +504,7 @@ def write_index(config: Config, stage: Stage, shards: Shards, tokenizer: Tokeniz
             f"{stage.folder}: {written} samples written and {lost} skipped, the input gives "
             f"{given}; run the stage again with --force {stage.name}"
         )
-    for path in stage.folder.glob("shard-*.shapes.json"):
+    for path in stage.folder.glob("shard-*.found.json"):
         path.unlink()
     made = Shards.open(stage.folder)
     for number in range(len(made.entries)):
@@ -399,6 +514,9 @@ def write_index(config: Config, stage: Stage, shards: Shards, tokenizer: Tokeniz
         entries = [entry for entry in index["shards"] if entry["split"] == split]
         stage.summary[f"{split}_samples"] = sum(entry["samples"] for entry in entries)
         stage.summary[f"{split}_tokens"] = sum(entry["tokens"] for entry in entries)
+    if index.get("captions") is not None:
+        stage.summary["longest_caption"] = index["captions"]["longest"]
+        stage.summary["captions_cut"] = index["captions"]["cut"]
     stage.summary["skipped"] = index["skipped"]
     stage.summary["tokenizer_fingerprint"] = tokenizer.fingerprint
 

@@ -57,7 +57,7 @@ INPUTS = {"tokens": Input(("pretokenize",), many=True)}
 class Config(Settings):
     model: str | dict[str, Any] = Field(
         description="a preset, or {preset: …, changes}, or {family: …, settings}; what the "
-        "tokens settle (vocabulary_size, event_shape, classes) is filled in"
+        "tokens settle (vocabulary_size, event_shape, classes or captions) is filled in"
     )
     steps: int = Field(ge=1)
     batch_size: int = Field(ge=1, description="rows of T tokens in a global batch")

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from chainrule.pipeline.artifact import Artifact, require_same, sha256_file
+from chainrule.pipeline.artifact import Artifact, require_same, sha256_file, write_json
 from chainrule.pipeline.config import digest, result_settings
 from chainrule.pipeline.devices import chosen_device
+from chainrule.pipeline.models.inputs import has_captions, is_conditioned
 from chainrule.pipeline.sampling.completion import Given, given_of
 from chainrule.pipeline.sampling.drafts import (
     Draft,
@@ -46,6 +47,7 @@ from chainrule.pipeline.stage import Input, Stage, say
 
 if TYPE_CHECKING:
     from chainrule.pipeline.data.tokens import TokenSet
+    from chainrule.pipeline.evaluation.held_out import HeldOut
 
 __all__ = ["INPUTS", "Config", "main", "open_source", "sample_folder", "settle"]
 
@@ -55,6 +57,8 @@ INPUTS = {
     "tokens": Input(("pretokenize",), optional=True),
 }
 
+CAPTIONS = "captions.json"
+"""What the store's array `caption` counts: the texts asked for, in order."""
 LOSS_MEASURED_ON = 64
 """Samples on which the loss of int8 weights is measured."""
 
@@ -62,7 +66,6 @@ LOSS_MEASURED_ON = 64
 def open_source(folder: Path, device: str = "auto", dtype: str = "float32") -> Source:
     """The model in a folder and the tokenizer it carries; refused if either was altered."""
     from chainrule.pipeline import load
-    from chainrule.tokenizers import interface
 
     chosen = torch.device(chosen_device(device))
     in_memory = torch.float32 if dtype == "int8" else getattr(torch, dtype)
@@ -70,18 +73,27 @@ def open_source(folder: Path, device: str = "auto", dtype: str = "float32") -> S
     if dtype == "int8":
         quantise(model)
     card = card_of(folder)
-    tokenizer = None
-    if card.get("tokenizer") is not None and card["tokenizer"].get("path") is not None:
-        try:
-            tokenizer = interface.load(folder / card["tokenizer"]["path"], device=str(chosen))
-        except interface.TokenizerError as error:
-            raise SamplingError(str(error)) from None
-        if tokenizer.fingerprint != card["tokenizer"]["fingerprint"]:
-            raise SamplingError(
-                f"{folder / 'tokenizer'}: is {tokenizer.fingerprint[:16]}, the model was trained "
-                f"with {card['tokenizer']['fingerprint'][:16]}; hand the model off again"
-            )
-    return Source(model, card, tokenizer, chosen)
+    tokenizer = _tokenizer_of(card.get("tokenizer"), folder, str(chosen))
+    captioner = _tokenizer_of(card.get("captions"), folder, "cpu")
+    return Source(model, card, tokenizer, chosen, captioner)
+
+
+def _tokenizer_of(entry: dict[str, Any] | None, folder: Path, device: str) -> Any:
+    """The tokenizer that a card's entry names, None where the folder does not hold it."""
+    from chainrule.tokenizers import interface
+
+    if entry is None or entry.get("path") is None:
+        return None
+    try:
+        tokenizer = interface.load(folder / entry["path"], device=device)
+    except interface.TokenizerError as error:
+        raise SamplingError(str(error)) from None
+    if tokenizer.fingerprint != entry["fingerprint"]:
+        raise SamplingError(
+            f"{folder / entry['path']}: is {tokenizer.fingerprint[:16]}, the model was trained "
+            f"with {entry['fingerprint'][:16]}; hand the model off again"
+        )
+    return tokenizer
 
 
 def card_of(folder: Path) -> dict[str, Any]:
@@ -104,6 +116,8 @@ def main(config: Config, stage: Stage) -> None:
     if not store.finished:
         store.wait(config.patience_s)
         store.finish()
+    if work.request.captions is not None:
+        write_json(stage.folder / CAPTIONS, work.request.captions.texts)
     show(work.request, work.source, store, stage)
     log_likelihood = store.read("log_likelihood")
     stage.summary["samples"] = config.number
@@ -225,9 +239,8 @@ class Work:
         x = torch.from_numpy(tokens.astype(np.int64)).to(self.source.device)
         if tokens[0].size == self.source.elements:
             x = x.reshape(n, *self.source.model.event_shape)
-        cond = None
-        if "class" in self.store.arrays:
-            cond = torch.from_numpy(self.store.read("class")[:n]).to(self.source.device)
+        cond = self.request.cond(range(n))
+        cond = None if cond is None else cond.to(self.source.device)
         with torch.no_grad():
             difference = self.source.model.log_prob(x, cond) - exact.log_prob(x, cond)
         counts = torch.arange(difference.shape[1]) < lengths.unsqueeze(1)
@@ -240,8 +253,12 @@ def together(config: Config) -> int:
 
 
 def source_files(config: Config) -> list[Path]:
-    """Files whose content enters the stage's fingerprint."""
-    return [] if config.picture is None else [config.picture.file]
+    """Files whose content enters the stage's fingerprint. SamplingError for a missing one."""
+    if config.picture is None:
+        return []
+    if not config.picture.file.is_file():
+        raise SamplingError(f"picture: {config.picture.file}: no such file")
+    return [config.picture.file]
 
 
 def pictured(config: Config, source: Source) -> Given | None:
@@ -281,7 +298,9 @@ def open_draft(
                 theirs["fingerprint"],
                 str(given.folder),
             )
-        model = open_source(given.folder, str(source.device), config.dtype).model
+        draft = open_source(given.folder, str(source.device), config.dtype)
+        model = draft.model
+        _require_same_condition(source, draft, given.folder)
     assert settings is not None
     corpus: list[list[int]] = []
     if isinstance(settings, NgramDraftSettings) and settings.corpus:
@@ -291,26 +310,74 @@ def open_draft(
     return make_draft(settings, source.model, model, corpus)
 
 
+def _require_same_condition(source: Source, draft: Source, folder: Path) -> None:
+    """A draft is given what the model is given, or nothing. SamplingError, LineageError."""
+    ours, theirs = source.model.config, draft.model.config
+    if not is_conditioned(theirs):
+        return
+    if has_captions(ours) != has_captions(theirs):
+        raise SamplingError(
+            f"draft: {folder} is conditioned on {'captions' if has_captions(theirs) else 'classes'}"
+            ", the model is not; take another"
+        )
+    if has_captions(ours):
+        require_same(
+            "tokenizers of the captions of model and draft",
+            str((source.card.get("captions") or {}).get("fingerprint")),
+            "the model",
+            str((draft.card.get("captions") or {}).get("fingerprint")),
+            str(folder),
+        )
+        if theirs.captions.length < ours.captions.length:
+            raise SamplingError(
+                f"draft: {folder} takes captions of {theirs.captions.length} tokens, the model "
+                f"{ours.captions.length}; take another"
+            )
+
+
 def _corpus(elements: int, source: Source, tokens: Artifact) -> list[list[int]]:
     """About so many elements of the training split, in the model's order of generation."""
-    found = _token_set(source, tokens, "train")
+    found = token_set(source, tokens, "train")
     return [_in_order(source, found[i][0]).tolist() for i in found.spread(elements)]
 
 
-def _token_set(source: Source, tokens: Artifact, split: str) -> "TokenSet":
+def token_set(source: Source, tokens: Artifact, split: str) -> "TokenSet":
     """A split of the `tokens` input; LineageError for another tokenizer's than the model's."""
     from chainrule.pipeline.data.tokens import TokenSet
 
     found = TokenSet.open(tokens.folder, split)
+    require_tokenizers(source, found, "the model")
+    return found
+
+
+def require_tokenizers(source: Source, tokens: "TokenSet | HeldOut", model: str) -> None:
+    """LineageError where tokens, or the captions beside them, are not of the tokenizers that
+    the model was trained with."""
+    where = str(tokens.shards.folder)
     if source.card.get("tokenizer"):
         require_same(
-            "tokens and model",
+            "tokenizers of model and tokens",
             source.card["tokenizer"]["fingerprint"],
-            "the model's tokenizer",
-            found.tokenizer_fingerprint,
-            str(tokens.folder),
+            model,
+            tokens.tokenizer_fingerprint,
+            where,
         )
-    return found
+    captions = source.card.get("captions")
+    if captions is None or tokens.captions is None:
+        return
+    require_same(
+        "tokenizers of the captions of model and tokens",
+        captions["fingerprint"],
+        model,
+        tokens.captions["fingerprint"],
+        where,
+    )
+    longest, length = tokens.captions["longest"], source.model.config.captions.length
+    if longest > length:
+        raise SamplingError(
+            f"{where}: captions of up to {longest} tokens, the model takes {length}; pretokenize "
+            f"with caption_tokens: {length}"
+        )
 
 
 def _in_order(source: Source, ids: np.ndarray) -> torch.Tensor:
@@ -323,12 +390,13 @@ def _in_order(source: Source, ids: np.ndarray) -> torch.Tensor:
 
 def beginnings(complete: Completion, source: Source, tokens: Artifact) -> list[Beginning]:
     """The first samples of the validation split, in the model's order of generation."""
-    found = _token_set(source, tokens, "validation")
+    found = token_set(source, tokens, "validation")
     begun = []
     for i in range(min(complete.of, len(found))):
         ids, meta = found[i]
         x = _in_order(source, ids.reshape(-1)[: source.elements])
-        begun.append(Beginning(x.numpy(), meta.get("label")))
+        caption = (meta["captions"][0], meta["caption_ids"][0]) if "caption_ids" in meta else None
+        begun.append(Beginning(x.numpy(), meta.get("label"), caption))
     return begun
 
 
@@ -366,6 +434,8 @@ def layouts(request: Request, source: Source) -> dict[str, Layout]:
     }
     if request.classes is not None:
         arrays["class"] = Layout((), "int64")
+    if request.captions is not None:
+        arrays["caption"] = Layout((), "int64")
     if source.tokenizer is not None and source.modality in DECODED:
         arrays[DECODED[source.modality]] = _decoded_layout(source, shape, dtype)
     return arrays
@@ -424,6 +494,8 @@ def shard_arrays(
     }
     if request.classes is not None:
         arrays["class"] = np.array([request.classes[i % len(request.classes)] for i in rows])
+    if request.captions is not None:
+        arrays["caption"] = np.array([request.captions.asked(i) for i in rows])
     for name in DECODED.values():
         if name in layout:
             arrays[name] = decoded(source, tokens)

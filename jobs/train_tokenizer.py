@@ -1,4 +1,5 @@
-"""train_tokenizer: raw shards -> a tokenizer folder.
+"""train_tokenizer: raw shards -> a tokenizer folder. A tokenizer of text also takes pictures that
+have captions, and learns from those.
 
     learned   vqvae, vqgan     the loop below: steps, checkpoints, codebook health at the end
     fitted    sentencepiece, characters, palette     one pass over a sample of the data
@@ -175,7 +176,8 @@ def main(config: Config, stage: Stage) -> None:
         return
     shards = Shards.open(data.folder)
     kind = config.tokenizer.kind
-    if shards.modality != MODALITY[kind]:
+    of_captions = MODALITY[kind] == "text" and shards.captioned
+    if shards.modality != MODALITY[kind] and not of_captions:
         raise StageFailed(
             f"{data.folder}: holds {shards.modality}; tokenizer kind {kind} is for {MODALITY[kind]}"
         )
@@ -310,7 +312,9 @@ def fit(config: Config, shards: Shards) -> Tokenizer:
             settings, texts(shards, config.seed, settings.sample_bytes)
         )
     if isinstance(settings, CharacterSettings):
-        return CharacterTokenizer.train(sample.text() for sample in shards.iterate("train"))
+        return CharacterTokenizer.train(
+            text for sample in shards.iterate("train") for text in texts_of(sample)
+        )
     if isinstance(settings, PaletteSettings):
         pixels = sample_pixels(shards, config.seed, settings.sample_pixels)
         return PaletteTokenizer.train(settings, pixels, config.seed)
@@ -332,10 +336,18 @@ def texts(shards: Shards, seed: int, limit: int) -> Iterator[str]:
         sample = shards.read("train", int(order[np.array(position)]))
         if sample is None:
             continue
-        yield sample.text()
-        taken += len(sample.members["txt"])
+        for text in texts_of(sample):
+            yield text
+            taken += len(text.encode("utf-8"))
         if taken >= limit:
             return
+
+
+def texts_of(sample: Sample) -> list[str]:
+    """The document of a sample of text, the captions of a picture."""
+    if "txt" in sample.members:
+        return [sample.text()]
+    return [str(caption) for caption in sample.meta["captions"]]
 
 
 def sample_pixels(shards: Shards, seed: int, limit: int) -> np.ndarray:
@@ -409,12 +421,12 @@ def text_health(tokenizer: Tokenizer, shards: Shards, limit: int = 20_000_000) -
     counts = np.zeros(tokenizer.vocabulary["size"], dtype=np.int64)
     size = documents = exact = 0
     for sample in shards.iterate(split):
-        text = sample.text()
-        [tokens] = tokenizer.encode([text])
-        counts += np.bincount(tokens, minlength=len(counts))
-        exact += tokenizer.decode([tokens]) == [text]
-        size += len(sample.members["txt"])
-        documents += 1
+        for text in texts_of(sample):
+            [tokens] = tokenizer.encode([text])
+            counts += np.bincount(tokens, minlength=len(counts))
+            exact += tokenizer.decode([tokens]) == [text]
+            size += len(text.encode("utf-8"))
+            documents += 1
         if size >= limit:
             break
     total = int(counts.sum())

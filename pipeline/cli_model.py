@@ -62,7 +62,9 @@ def sample(
     prompt: Annotated[
         list[str] | None,
         typer.Option(
-            "--prompt", help="Continued in turn; \\n is a new line, \\t a tab, \\\\ a \\."
+            "--prompt",
+            help="Continued in turn, or, where the model takes captions, drawn; \\n is a new "
+            "line, \\t a tab, \\\\ a \\.",
         ),
     ] = None,
     image: Annotated[

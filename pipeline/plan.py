@@ -165,6 +165,7 @@ def _pretrain(
         offload_parameters=config.engine.offload_parameters != "none",
         moments=moments_a_parameter(built, config.optimizer),
         average=config.ema is not None,
+        whole_matrices=config.optimizer.name == "muon",
     )
     activations = Activations.count(model, config.precision, gpu=spec.resources.gpus > 0)
     limit = _limit(spec, gpu)

@@ -27,6 +27,8 @@ def from_tokens(pipeline: Pipeline, spec: StageSpec) -> dict[str, Any]:
     """What the token stages settle of a model: from their index, else from their settings."""
     settled: dict[str, Any] = {}
     sizes: list[int | None] = []
+    grids: set[tuple[int, ...] | str | None] = set()
+    captions: list[dict[str, Any]] = []
     real = False
     for name in spec.inputs.get("tokens", []):
         index = published(pipeline, name)
@@ -34,15 +36,24 @@ def from_tokens(pipeline: Pipeline, spec: StageSpec) -> dict[str, Any]:
             sizes.append(index["vocabulary"]["size"])
             real = real or not sizes[-1]
             settled["image"] = index["modality"] == "image"
+            grids.add(tuple(index["grid"]) if index["grid"] else None)
             if index["grid"]:
                 settled["event_shape"] = tuple(index["grid"])
             if index["classes"]:
                 settled["classes"] = len(index["classes"])
+            if index.get("captions"):
+                captions.append(index["captions"])
         elif name in pipeline.stages:
             foreseen = _foreseen(pipeline, pipeline.stages[name])
             sizes.append(foreseen.pop("vocabulary_size", None))
             real = real or foreseen.pop("real", False)
+            unknown = "pictures of one size, it is hoped" if foreseen.get("image") else None
+            grids.add(foreseen.get("event_shape", unknown))
+            captions += [foreseen.pop("captions")] if "captions" in foreseen else []
             settled |= foreseen
+    if captions and len(grids) == 1 and None not in grids:
+        longest = max(given["longest"] for given in captions)
+        settled["captions"] = {**captions[0], "longest": longest}
     if real:
         settled["vocabulary_size"] = None  # numbers are no tokens: a density
     elif sizes and None not in sizes:
@@ -59,17 +70,19 @@ def _foreseen(pipeline: Pipeline, tokens: StageSpec) -> dict[str, Any]:
     tokenizer: Any = pipeline.stages[source].config.tokenizer  # type: ignore[attr-defined]
     found["real"] = tokenizer.kind == "standardize"
     found["image"] = tokenizer.kind in ("vqvae", "vqgan", "palette", "pixels")
-    extra = 2 if tokenizer.kind == "sentencepiece" else 0  # bos, eos
-    fixed = {"bytes": 258, "mulaw": 256, "characters": CHARACTERS}
-    if tokenizer.kind in fixed:
-        found["vocabulary_size"] = fixed[tokenizer.kind]
     if tokenizer.kind == "characters":
         found["guessed"] = ("vocabulary_size",)
-    for field in ("codebook_size", "vocabulary_size", "colours", "levels"):
-        size = getattr(tokenizer, field, None)
-        if isinstance(size, int):
-            found["vocabulary_size"] = size + extra
-            break
+    size = _vocabulary(tokenizer)
+    if size is not None:
+        found["vocabulary_size"] = size
+    for name in tokens.inputs.get("captions", []):
+        if name in pipeline.stages:
+            words: Any = pipeline.stages[name].config.tokenizer  # type: ignore[attr-defined]
+            found["captions"] = {
+                "vocabulary_size": _vocabulary(words) or CHARACTERS,
+                "longest": tokens.config.caption_tokens,  # type: ignore[attr-defined]
+            }
+            found["guessed"] = (*found.get("guessed", ()), "captions")
     [data] = tokens.inputs["data"]
     side = None
     if data in pipeline.stages:
@@ -80,6 +93,19 @@ def _foreseen(pipeline: Pipeline, tokens: StageSpec) -> dict[str, Any]:
     if side is not None:
         found["event_shape"] = (side[0] // factor, side[1] // factor)
     return found
+
+
+def _vocabulary(tokenizer: Any) -> int | None:
+    """Ids of a tokenizer of these settings, None where they do not say."""
+    fixed = {"bytes": 258, "mulaw": 256, "characters": CHARACTERS}
+    if tokenizer.kind in fixed:
+        return fixed[tokenizer.kind]
+    extra = 2 if tokenizer.kind == "sentencepiece" else 0  # bos, eos
+    for field in ("codebook_size", "vocabulary_size", "colours", "levels"):
+        size = getattr(tokenizer, field, None)
+        if isinstance(size, int):
+            return size + extra
+    return None
 
 
 def _asked(spec: StageSpec) -> dict[str, Any]:
@@ -94,6 +120,7 @@ def assumed(spec: StageSpec, settled: dict[str, Any]) -> list[str]:
     open_still = {"vocabulary_size"}
     if settled.get("image") and "context" not in asked:
         open_still.add("event_shape")
+    open_still |= {*settled.get("guessed", ())}
     open_still -= settled.keys() - {*settled.get("guessed", ())}
     return sorted(open_still - asked.keys())
 
@@ -111,11 +138,18 @@ def unsettled(spec: StageSpec, settled: dict[str, Any]) -> dict[str, Any] | None
 def model_of(spec: StageSpec, settled: dict[str, Any]) -> Any:
     """The model's config: what was asked for, and what the tokens settle (or will)."""
     from chainrule.pipeline.models.registry import FAMILIES, PRESETS, resolve
+    from chainrule.pipeline.training.assembly import condition_settings
 
     asked = _asked(spec)
     family = asked.get("family") or PRESETS[asked["preset"]]["family"]
     fields = FAMILIES[family][0].model_fields
-    settled = {key: value for key, value in settled.items() if key in fields and key not in asked}
+    condition = condition_settings(asked, fields, settled.get("classes"), settled.get("captions"))
+    settled = {
+        key: value
+        for key, value in settled.items()
+        if key in fields and key not in asked and key not in ("classes", "captions")
+    }
+    settled |= condition
     if "event_shape" in settled and "context" in asked:
         settled.pop("event_shape")
     # a preset's `bos` belongs to its own vocabulary

@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from chainrule.pipeline.config import Settings
+from chainrule.pipeline.models.kv_cache import SPARE, slots_of
 from chainrule.pipeline.models.registry import build
 from chainrule.pipeline.training.optimizers import OptimizerSettings, parameter_groups
 
@@ -58,6 +59,8 @@ class Scheme:
     moments: float = 2.0
     """Numbers that the optimiser keeps a parameter: 2 for AdamW, 1 for Muon's matrices."""
     average: bool = False
+    whole_matrices: bool = False
+    """Muon's updates need them: what ZeRO 1 to 3 cut into pieces cannot be trained by it."""
 
     @property
     def stage(self) -> int | None:
@@ -169,7 +172,7 @@ class Activations:
         (one, _), (two, sizes) = (
             _a_row(config.model_copy(update={"layers": n}), precision, gpu) for n in (1, 2)
         )
-        boundary = WEIGHT_BYTES[precision] * length * config.width
+        boundary = WEIGHT_BYTES[precision] * getattr(config, "inputs", length) * config.width
         return cls(config.layers, two - one, 2 * one - two, boundary, logits, sizes)
 
     def of(self, rows: int, checkpointing: bool) -> int:
@@ -216,12 +219,13 @@ def parameter_count(config: Settings) -> int:
 
 
 def kv_cache_bytes(config: Settings, batch: int, precision: str) -> int | None:
-    """2 · layers · kv_heads · head_width · positions · bytes; None for what is no decoder."""
+    """2 · layers · kv_heads · head_width · slots · bytes, as the sampler's cursor holds them; None
+    for what is no decoder."""
     if not hasattr(config, "kv_heads"):
         return None
-    length = int(torch.Size(config.event_shape).numel())  # type: ignore[attr-defined]
+    slots = slots_of(config, SPARE)  # type: ignore[arg-type]
     each = 2 * config.layers * config.kv_heads * config.head_width  # type: ignore[attr-defined]
-    return batch * each * length * WEIGHT_BYTES[precision]
+    return batch * each * slots * WEIGHT_BYTES[precision]
 
 
 def moments_a_parameter(model: nn.Module, optimizer: OptimizerSettings) -> float:

@@ -9,7 +9,9 @@ from chainrule.pipeline.plan_memory import Activations, Scheme, training_memory
 
 def choices(scheme: Scheme) -> list[Scheme]:
     """Every way of spreading the same training: strategies, checkpointing, offload."""
-    names = ["ddp" if scheme.ranks > 1 else "single", "zero1", "zero2", "zero3"]
+    names = ["ddp" if scheme.ranks > 1 else "single"]
+    if not scheme.whole_matrices:
+        names += ["zero1", "zero2", "zero3"]
     if scheme.strategy not in names:
         names.insert(0, scheme.strategy)
     found = []
@@ -89,6 +91,8 @@ def remedy(parameters: int, scheme: Scheme, activations: Activations, limit: flo
     for choice in sorted(candidates, key=cost):
         if total(choice) <= limit:
             return _change(scheme, choice)
+    if scheme.whole_matrices:
+        return "optimizer.name: adamw, which ZeRO can spread; Muon needs every matrix whole"
     for factor in (2, 4, 8, 16, 32, 64, 128):
         more = replace(
             scheme, strategy="zero3", checkpointing=True, rows=1, ranks=scheme.ranks * factor

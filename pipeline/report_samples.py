@@ -43,6 +43,8 @@ def _asked(stage: StageView) -> str:
     shown = []
     for key in ("number", "temperature", "top_k", "top_p", "guidance", "seed"):
         value = stage.config.get(key)
+        if isinstance(value, dict):  # guidance, with its schedule
+            value = value.get("scale") if value.get("scale") != 1 else None
         if is_number(value):
             shown.append(f"{words(key)} {number(value)}")
     return f"<small>{escape(', '.join(shown))}</small>" if shown else ""
@@ -58,18 +60,22 @@ def _store(stage: StageView) -> Any:
 
 
 def _drawn(stage: StageView, stages: list[StageView]) -> str:
-    """Image samples, a row for each class asked for."""
+    """Image samples, a row for each class or caption asked for."""
     store = _store(stage)
     if store is None or "images" not in store:
         return ""
     images = store["images"]
     likelihoods = store["log_likelihood"][:] if "log_likelihood" in store else None
-    if "class" not in store:
+    by = next((name for name in ("class", "caption") if name in store), None)
+    if by is None:
         chosen = range(min(images.shape[0], PICTURES_WITHOUT_CLASS))
         shown = "".join(_drawn_one(images, i, "", likelihoods) for i in chosen)
         return f'<div class="strip">{shown}</div>'
-    asked = store["class"][:]
-    names = class_names(stage, stages)
+    asked = store[by][:]
+    if by == "class":
+        names = class_names(stage, stages)
+    else:
+        names = [str(text) for text in stage.json("captions.json") or []]
     rows = []
     classes = sorted({int(c) for c in asked})
     for label in classes[:CLASSES_SHOWN]:
@@ -82,9 +88,9 @@ def _drawn(stage: StageView, stages: list[StageView]) -> str:
         )
     more = ""
     if len(classes) > CLASSES_SHOWN:
-        more = f"<p class='quiet'>{len(classes) - CLASSES_SHOWN} further classes in the store</p>"
+        more = f"<p class='quiet'>{len(classes) - CLASSES_SHOWN} further ones in the store</p>"
     return (
-        "<p class='quiet'>One row for each class asked for; hover for a sample's number and "
+        f"<p class='quiet'>One row for each {by} asked for; hover for a sample's number and "
         f'log-likelihood.</p><div class="rows">{"".join(rows)}</div>{more}'
     )
 

@@ -443,6 +443,15 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tmp_path, tex
             {"model": {"preset": "wavenet-debug", "local_width": 80, "local_hop": 4}},
             "local_width 80: token artifacts hold no local features, .* use from Python",
         ),
+        (
+            {"model": {"preset": "gpt2-debug", "widht": 64}},
+            "unknown key 'widht'; did you mean 'width'",
+        ),
+        ({"model": {"preset": "gpt2-debug", "dropout": 2.0}}, "'dropout': .* less than 1"),
+        (
+            {"model": {"preset": "imagegpt-debug", "captions": {"dropot": 0.1}}},
+            "unknown key 'captions.dropot'; did you mean 'dropout'",
+        ),
         ({"accumulate": 5}, "batch_size 12 does not divide by accumulate 5"),
         ({"steps": 0}, "greater than or equal to 1"),
         *(
@@ -457,6 +466,20 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tmp_path, tex
 def test_settings_that_cannot_work_are_refused(changes, words):
     with pytest.raises(ValueError, match=words):
         pretrain.Config.model_validate({**BASE, **changes})
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "gpt2",
+        {"family": "pixelcnn", "event_shape": [8, 8]},
+        {"preset": "imagegpt-debug", "captions": {"dropout": 0.2}},
+        {"preset": "imagegpt-debug", "captions": None},
+        {"family": "llama", "layers": 2, "heads": 2, "width": 32},
+    ],
+)
+def test_what_the_tokens_fill_in_later_is_not_missed(model):
+    assert pretrain.Config.model_validate({**BASE, "model": model}).model == model
 
 
 @pytest.mark.parametrize(

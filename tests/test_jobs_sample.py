@@ -223,7 +223,7 @@ def test_what_a_sheet_leaves_out_is_said() -> None:
     names = [f"class {i % 50}" for i in range(100)]
     rows, note = sheet_rows(100, names)
     assert [label for label, _ in rows] == names[:40]
-    assert note == "10 more classes in sheets/"
+    assert note == "10 more in sheets/"
     assert sheet_rows(401, None)[1] == "1 more samples in the store"
     assert sheet_rows(400, None)[1] == ""
     images = np.zeros((100, 4, 4, 1), dtype=np.uint8)
@@ -779,3 +779,11 @@ def test_int8_weights_and_what_they_lose(text: Path, tmp_path: Path) -> None:
     stage = stage_for(tmp_path, text)
     main(Config(number=4, prompts=["def "], length=30, dtype="int8"), stage)
     assert abs(stage.summary["bits_lost_per_element"]) < 0.05
+
+
+def test_a_picture_stage_whose_file_is_gone_is_refused_before_it_runs(tmp_path: Path) -> None:
+    config = Config.model_validate({"picture": {"file": str(tmp_path / "none.png")}})
+    with pytest.raises(SamplingError, match=r"picture: .*none\.png: no such file"):
+        sample.source_files(config)
+    (tmp_path / "none.png").write_bytes(b"")
+    assert sample.source_files(config) == [tmp_path / "none.png"]

@@ -50,6 +50,12 @@ CASES: dict[str, dict[str, Any]] = {
     "gpt2": _decoder("gpt2-debug"),
     "gpt2-bos": _decoder("gpt2-debug", bos=0),
     "gpt2-classes": _decoder("gpt2-debug", classes=3, class_dropout=0.2),
+    "gpt2-captions": _decoder(
+        "gpt2-debug", event_shape=(3, 3), captions={"vocabulary_size": 7, "length": 4}
+    ),
+    "llama-captions": _decoder(
+        "llama-debug", kv_heads=1, captions={"vocabulary_size": 7, "length": 3, "dropout": 0.5}
+    ),
     "gpt2-hilbert": _decoder("gpt2-debug", event_shape=(3, 3), ordering="hilbert"),
     "gpt2-gaussian": _density("gpt2-debug", {"kind": "gaussian"}),
     "gpt2-discretized": _decoder("gpt2-debug", head=DMOL, tied_embeddings=False),
@@ -176,9 +182,20 @@ def _event(model: Autoregressive, batch: int) -> Tensor:
 
 
 def _condition(model: Autoregressive, batch: int) -> Tensor | None:
+    if (captions := getattr(model.config, "captions", None)) is not None:
+        # one without tokens, then such of 1, 2, ... of them
+        cond = torch.full((batch, captions.length), -1)
+        for row in range(batch):
+            ids = torch.arange(row % (captions.length + 1)) + row
+            cond[row, : len(ids)] = ids % captions.vocabulary_size
+        return cond
     if getattr(model.config, "classes", None) is None:
         return None
     return torch.arange(batch) % (model.config.classes + 1) - 1
+
+
+def _in_every_row(cond: Tensor | None, rows: int) -> Tensor | None:
+    return None if cond is None else cond.expand(rows, *cond.shape[1:])
 
 
 def _length(model: Autoregressive) -> int:
@@ -206,8 +223,7 @@ def test_an_element_moves_nothing_before_or_at_itself(name: str) -> None:
     perturbed = sequence.clone()
     at = torch.arange(length)
     perturbed[at, at] = _changed(model, sequence[at, at])
-    cond = _condition(model, 1)
-    cond = None if cond is None else cond.expand(length)
+    cond = _in_every_row(_condition(model, 1), length)
     before = model.conditionals(model.to_event(sequence), cond)
     after = model.conditionals(model.to_event(perturbed), cond)
     # Both measured at the same elements: what differs is the conditional alone.
@@ -245,8 +261,7 @@ def test_gradients_reach_no_later_id(name: str) -> None:
     length = _length(model)
     sequence = model.to_sequence(_event(model, 1)).expand(length, -1).clone()
     later = torch.ones_like(sequence, dtype=torch.bool).triu()
-    cond = _condition(model, 1)
-    cond = None if cond is None else cond.expand(length)
+    cond = _in_every_row(_condition(model, 1), length)
     names, parameters = zip(*model.named_parameters(), strict=True)
     weights = 0.5 + torch.rand(length)
 
@@ -308,6 +323,8 @@ SPACES: dict[str, dict[str, Any]] = {
         for name in ("gpt2", "gpt2-classes", "gpt2-discretized", "llama", "mistral", "falcon")
     },
     "gpt2-bos": {"context": 4, "vocabulary_size": 3},
+    "gpt2-captions": {"event_shape": (2, 2), "vocabulary_size": 3},
+    "llama-captions": {"context": 4, "vocabulary_size": 3},
     "gpt2-hilbert": {"event_shape": (2, 2), "vocabulary_size": 3},
     "llama-permuted": {"event_shape": (2, 2), "vocabulary_size": 3},
     "falcon-40b": {"context": 4, "vocabulary_size": 3},
@@ -335,8 +352,9 @@ def test_all_events_sum_to_one(name: str) -> None:
     model = _model({**CASES[name], **SPACES[name]})
     length, size = _length(model), model.config.vocabulary_size
     space = torch.tensor(list(itertools.product(range(size), repeat=length)))
-    for cond in (-1, 1) if _condition(model, 1) is not None else (None,):
-        given = None if cond is None else torch.full((len(space),), cond)
+    for row in (0, 2):  # unconditional, then given something
+        given = _condition(model, 3)
+        given = None if given is None else _in_every_row(given[row : row + 1], len(space))
         nats = model.log_prob(model.to_event(space), given).double().sum(dim=1)
         assert float(nats.exp().sum()) == pytest.approx(1, abs=1e-5)
 
@@ -558,7 +576,7 @@ def test_a_step_of_the_cursor_copies_no_cache(name: str) -> None:
 def test_bytes_of_a_transformer_cursor(name: str, dtype: torch.dtype) -> None:
     model = _model(CASES[name]).to(dtype)
     config = model.config
-    slots = min(config.context, config.window or config.context)
+    slots = min(config.inputs, config.window or config.inputs)
     wanted = 2 * config.layers * config.kv_heads * config.head_width * slots * dtype.itemsize
     for batch in (1, 3):
         cursor = model.cursor(batch)
@@ -599,7 +617,21 @@ def _bad(model: Autoregressive) -> dict[str, tuple[Any, str]]:
             lambda: model.cursor(2).advance(torch.full((2, 1), size)),
             f"x holds {size}: .*{bound}",
         )
-    if classes is None:
+    captions = getattr(model.config, "captions", None)
+    if captions is not None:
+        words = rf"cond holds 7: tokens of captions are 0\.\.{captions.vocabulary_size - 1}"
+        given = torch.full((2, 2), 7)
+        bad["caption"] = (lambda: model.log_prob(x, given), words)
+        bad["cursor caption"] = (lambda: model.cursor(2, given), words)
+        bad["classes"] = (lambda: model.log_prob(x, given[:, 0]), r"cond has shape \(2,\)")
+        long = torch.zeros(2, captions.length + 1, dtype=torch.long)
+        bad["long caption"] = (lambda: model.log_prob(x, long), "integers of shape .* or shorter")
+        documents = torch.zeros_like(x)
+        bad["documents"] = (
+            lambda: model.conditionals(x, documents=documents),
+            "documents were given",
+        )
+    elif classes is None:
         bad["no classes"] = (
             lambda: model.log_prob(x, torch.zeros(2, dtype=torch.long)),
             "cond was given",

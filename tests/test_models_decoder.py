@@ -1,5 +1,6 @@
-"""What is particular to the decoders: documents, windows, start symbols, fast paths, shapes."""
+"""What is particular to the decoders: documents, windows, starts, captions, fast paths, shapes."""
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from chainrule.pipeline import build
+from chainrule.pipeline.models import native
 from chainrule.pipeline.models.decoder import Decoder
 from chainrule.pipeline.models.kernels import (
     Linear,
@@ -124,6 +126,82 @@ def test_rows_of_their_own_positions_take_ids_of_any_integer_dtype_and_no_other(
         RaggedCursor(model, 2).advance(torch.full((2, 1), size))
     with pytest.raises(ValueError, match="cond was given"):
         RaggedCursor(model, 2, torch.zeros(2, dtype=torch.long))
+
+
+CAPTIONS = {"captions": {"vocabulary_size": 11, "length": 5}}
+
+
+@pytest.mark.parametrize("preset", ["gpt2-debug", "llama-debug", "falcon-debug"])
+@torch.no_grad()
+def test_a_caption_is_seen_by_every_element(preset: str) -> None:
+    """A token of it changed moves every conditional; what follows its end counts too."""
+    model = _decoder(preset, **CAPTIONS)
+    x = torch.randint(256, (1, 12))
+    caption = torch.tensor([[3, 1, 4]])
+    plain = model.log_prob(x, caption)
+    assert torch.equal(plain, model.log_prob(x, torch.tensor([[3, 1, 4, -1, -1]])))
+    for other in ([[3, 1, 5]], [[2, 1, 4]], [[3, 1]], [[3, 1, 4, 4]]):
+        moved = (model.log_prob(x, torch.tensor(other)) - plain).abs()
+        assert (moved > 0).all()
+    none = model.log_prob(x, torch.full((1, 5), -1))
+    assert torch.equal(none, model.log_prob(x))
+
+
+@pytest.mark.parametrize("preset", ["gpt2-debug", "llama-debug", "falcon-debug"])
+@torch.no_grad()
+def test_captions_in_every_cursor(preset: str) -> None:
+    """With steps in C and without, rows together and each at a position of its own."""
+    model = _decoder(preset, **CAPTIONS)
+    x = torch.randint(256, (3, 12))
+    cond = torch.tensor([[3, 1, 4, -1, -1], [-1] * 5, [0, 9, 2, 6, 5]])
+    wanted = model.log_prob(x, cond)
+    for allowed in (native.allowed, contextlib.nullcontext):
+        with allowed():
+            together, rows = model.cursor(3, cond), RaggedCursor(model, 3, cond)
+        assert torch.allclose(together.next.log_prob(x[:, 0]), wanted[:, 0], atol=1e-5)
+        for cursor in (together, rows):
+            got = cursor.advance(x[:, :9]).log_prob(x[:, 1:10])  # type: ignore[attr-defined]
+            assert torch.allclose(got, wanted[:, 1:10], atol=1e-5)
+        together.rewind(9)
+        assert torch.allclose(together.next.log_prob(x[:, 0]), wanted[:, 0], atol=1e-5)
+        rows.rewind_rows(torch.tensor([3, 0, 8]))
+        following = torch.stack([x[0, 6:8], x[1, 9:11], x[2, 1:3]])
+        after = torch.stack([x[0, 7:9], x[1, 10:12], x[2, 2:4]])
+        expected = torch.stack([wanted[0, 7:9], wanted[1, 10:12], wanted[2, 2:4]])
+        assert torch.allclose(rows.advance(following).log_prob(after), expected, atol=1e-5)
+
+
+def test_a_caption_is_dropped_whole_and_in_training_only() -> None:
+    model = _decoder("gpt2-debug", captions={"vocabulary_size": 11, "length": 5, "dropout": 0.5})
+    x = torch.randint(256, (1, 8)).expand(64, -1)
+    cond = torch.tensor([[3, 1, 4, 1, 5]]).expand(64, -1)
+    given, none = model.log_prob(x[:1], cond[:1]), model.log_prob(x[:1])
+    assert not torch.allclose(given, none, atol=1e-4)
+    model.train()
+    torch.manual_seed(0)
+    nats = model.log_prob(x, cond)
+    of_given = torch.isclose(nats, given, atol=1e-5).all(dim=1)
+    of_none = torch.isclose(nats, none, atol=1e-5).all(dim=1)
+    assert (of_given ^ of_none).all()
+    assert 16 < int(of_none.sum()) < 48
+    with torch.no_grad():
+        cursor = model.cursor(1, cond[:1])  # of a model that is being trained
+    assert torch.allclose(cursor.next.log_prob(x[:1, 0]), given[:, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"classes": 3}, "captions and classes"),
+        ({"bos": 0}, "bos and captions"),
+        ({"window": 4}, "window is 4: elements further on would not see the caption"),
+        ({"captions": {"vocabulary_size": 0, "length": 5}}, "vocabulary_size"),
+        ({"captions": {"vocabulary_size": 3}}, "length"),
+    ],
+)
+def test_what_captions_do_not_go_with_is_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        build("gpt2-debug", **{**CAPTIONS, **changes})
 
 
 def test_the_condition_is_dropped_in_training_only() -> None:

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from chainrule.pipeline.config import RequestError
+from chainrule.pipeline.models.kv_cache import SPARE
 from chainrule.pipeline.models.registry import build, resolve
 from chainrule.pipeline.pipeline_file import load_pipeline
 from chainrule.pipeline.plan import plan
@@ -25,7 +27,7 @@ from chainrule.pipeline.plan_memory import (
     parameter_count,
     training_memory,
 )
-from chainrule.pipeline.plan_schemes import remedy
+from chainrule.pipeline.plan_schemes import choices, remedy
 from chainrule.pipeline.plan_text import count, hours, size, text
 from chainrule.pipeline.training.optimizers import OptimizerSettings, build_optimizer
 from chainrule.tokenizers.vqgan import Discriminator, VQGANSettings, VQGANTokenizer
@@ -192,7 +194,8 @@ def test_keys_and_values_a_token() -> None:
     """2 · layers · kv_heads · head_width · 2 bytes: 524,288, 131,072 and 8,192 a token."""
     for preset, each in (("llama-7b", 524_288), ("mistral-7b", 131_072), ("falcon-7b", 8_192)):
         config = resolve(preset)
-        assert kv_cache_bytes(config, 3, "bf16") == 3 * each * config.context
+        slots = 4096 + SPARE if preset == "mistral-7b" else config.context
+        assert kv_cache_bytes(config, 3, "bf16") == 3 * each * slots
     assert kv_cache_bytes(resolve("pixelcnn-debug"), 1, "fp32") is None
 
 
@@ -338,6 +341,10 @@ def test_what_does_not_fit_gets_the_smallest_change_that_would(pipeline_file: Pa
     alone = Scheme(strategy="ddp", precision="bf16", ranks=2, rows=1)
     assert "times the ranks" in remedy(parameters, alone, activations, 8e9)
     assert "nothing here" in remedy(parameters, alone, activations, 1e9)
+    muon = replace(alone, whole_matrices=True)
+    assert {choice.strategy for choice in choices(muon)} == {"ddp"}
+    assert "zero" not in remedy(parameters, muon, activations, 40e9)
+    assert "adamw, which ZeRO can spread" in remedy(parameters, muon, activations, 8e9)
 
 
 @pytest.mark.parametrize(

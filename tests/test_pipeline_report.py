@@ -121,7 +121,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _model(runs, "digits_model", "digits_decoder")
 
     inputs = {"model": "digits_model"}
-    stage = runs.begin("digits_samples", "sample", inputs, number=20, temperature=1.0)
+    asked = {"number": 20, "temperature": 1.0, "guidance": {"scale": 1.5, "schedule": "constant"}}
+    stage = runs.begin("digits_samples", "sample", inputs, **asked)
     store = zarr.open_group(stage.folder / "samples.zarr", mode="w")
     rng = np.random.default_rng(0)
     pictures = rng.integers(0, 255, (20, 8, 8, 1), dtype=np.uint8)
@@ -214,6 +215,7 @@ def test_psnr_across_the_discriminators_start_is_a_main_curve(tmp_path: Path) ->
 
 
 def test_samples_stand_in_rows_of_the_class_asked_for(page: str) -> None:
+    assert "number 20, temperature 1, guidance 1.5" in page
     for label, name in enumerate(("zero", "one")):
         row = re.search(
             rf'<div class="asked">{name}</div><div[^>]*data-class="{label}">(.*?)</div>', page

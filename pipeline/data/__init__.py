@@ -52,6 +52,7 @@ batches.py
         .epochs(position) -> epochs each set went through
         .batch(position, size, rank=0, world_size=1, step=0) -> Batch
     Batch: .x (B, T) long, row-major for grids     .cond (B,) long or None (labels, -1: none)
+           .captions (B, n) long or None (tokens, -1: past the end)
            .documents (B, T) long or None         .mask (B, T) bool or None (False on padding)
            .step .position .ids (B lists of Piece(set, epoch, sample, start, stop))
            .tokens (positions that count)   .to(device)   .split(n) -> micro-batches

@@ -81,6 +81,7 @@ class SklearnDigits(SourceSettings):
     """scikit-learn's 1,797 real 8 x 8 digits (UCI, Alpaydin & Kaynak 1998), 0..16 as 0..255."""
 
     kind: Literal["sklearn-digits"]
+    classes: list[str] | None = Field(None, description="names of the digits; default: 0 to 9")
 
     def open(self) -> Source:
         from sklearn.datasets import load_digits
@@ -88,7 +89,7 @@ class SklearnDigits(SourceSettings):
         digits = load_digits()
         images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
         where = [f"digits[{i}]" for i in range(len(images))]
-        return ArraySource(images, digits.target.astype(np.int64), where=where)
+        return ArraySource(images, digits.target.astype(np.int64), self.classes, where=where)
 
     def files(self) -> list[Path]:
         path = _sklearn_datasets() / "data" / "digits.csv.gz"

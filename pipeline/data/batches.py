@@ -55,6 +55,9 @@ class Batch:
     """Global position of the first row."""
     pieces: np.ndarray
     """int64 (m, 6): row, set, epoch, sample, start, stop of each piece."""
+    captions: Tensor | None = None
+    """(B, n) long: tokens of one of the sample's captions, the next one in each epoch, and -1 past
+    its end; all -1 where a row has none. None where no row has one."""
 
     @property
     def ids(self) -> list[list[Piece]]:
@@ -72,7 +75,7 @@ class Batch:
     def _with(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         tensors: dict[str, Any] = {
             name: None if tensor is None else change(tensor)
-            for name in ("x", "cond", "documents", "mask")
+            for name in ("x", "cond", "documents", "mask", "captions")
             for tensor in [getattr(self, name)]
         }
         return replace(self, **tensors)
@@ -147,6 +150,10 @@ class Mixture:
         self.vocabulary = vocabulary or members[0].tokens.vocabulary
         self._packed = any(member.rows.packed for member in members)
         self._conditioned = any(member.tokens.classes is not None for member in members)
+        # Several tokenizers' captions go to no model (training/assembly.py refuses those that ask).
+        of_members = [member.tokens for member in members if member.tokens.captions is not None]
+        alike = len({tokens.captions["fingerprint"] for tokens in of_members if tokens.captions})
+        self.captions = joint_captions(of_members) if alike == 1 else None
 
     def epochs(self, position: int) -> list[float]:
         """Epochs that each set has gone through before `position`."""
@@ -172,24 +179,30 @@ class Mixture:
     def _fetch(self, pieces: np.ndarray, rows: int, position: int, step: int) -> Batch:
         x = np.zeros((rows, self.context), self.vocabulary.batch_dtype)
         cond = np.full(rows, -1, np.int64) if self._conditioned else None
+        captions = None
+        if self.captions is not None:
+            captions = np.full((rows, self.captions["longest"]), -1, np.int64)
         documents = np.full((rows, self.context), -1, np.int64) if self._packed else None
         mask = np.zeros((rows, self.context), np.bool_)
         for k, member in enumerate(self.members):
             if member.padding:
                 x[np.unique(pieces[pieces[:, SET] == k, ROW])] = member.padding
         row, at, document = -1, 0, 0
-        for number, k, _, i, start, stop in pieces.tolist():
+        for number, k, epoch, i, start, stop in pieces.tolist():
             if number != row:
                 row, at, document = number, 0, 0
             member = self.members[k]
             end = at + stop - start
             piece = member.tokens.piece(i, start, stop)
             if piece is not None:
-                tokens, label = piece
+                tokens, label, texts = piece
                 x[row, at:end] = tokens if member.table is None else member.table[tokens]
                 mask[row, at:end] = True
                 if cond is not None and not member.rows.packed and label is not None:
                     cond[row] = label
+                if captions is not None and texts is not None and not member.rows.packed:
+                    ids = texts[(epoch + i) % len(texts)]
+                    captions[row, : len(ids)] = ids
             if documents is not None:
                 documents[row, at:end] = document
             at, document = end, document + 1
@@ -202,7 +215,22 @@ class Mixture:
             step,
             position,
             pieces,
+            torch.from_numpy(captions) if captions is not None else None,
         )
+
+
+def joint_captions(token_sets: Sequence[TokenSet]) -> dict[str, Any] | None:
+    """TokenSet.captions of sets together; RequestError where two tokenizers made them."""
+    found = [tokens.captions for tokens in token_sets if tokens.captions is not None]
+    if not found:
+        return None
+    prints = {captions["fingerprint"] for captions in found}
+    if len(prints) > 1:
+        raise RequestError(
+            "the sets' captions are tokens of several tokenizers "
+            f"({', '.join(sorted(print_[:16] for print_ in prints))}); pretokenize with one"
+        )
+    return {**found[0], "longest": max(captions["longest"] for captions in found)}
 
 
 def joint_vocabulary(

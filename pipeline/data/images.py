@@ -23,8 +23,15 @@ from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from chainrule.pipeline.data.captions import (
+    BESIDE_SUFFIX,
+    LISTS,
+    Captions,
+    caption_files,
+    check_captions,
+)
 from chainrule.pipeline.data.sources import (
     Labels,
     Raw,
@@ -136,12 +143,25 @@ class ImageFolder(Pictures):
     splits: dict[str, Literal["train", "validation"]] | None = Field(
         None, description="top folders that are splits: {train: train, test: validation}"
     )
+    captions: Literal["beside"] | list[Path] | None = Field(
+        None,
+        description="texts to condition on, in place of classes: beside (cat.jpg, cat.txt), or "
+        "files: COCO's .json, or .jsonl of file_name and text",
+    )
+
+    @field_validator("captions", mode="before")
+    @classmethod
+    def _captions_of_a_known_form(cls, value: Any) -> Any:
+        return check_captions(value)
 
     def open(self) -> Source:
         return _PictureFiles(self)
 
     def files(self) -> list[Path]:
-        return tree_files(self.path, SUFFIXES)
+        pictures = tree_files(self.path, SUFFIXES)
+        if self.captions is None:
+            return pictures
+        return [*pictures, *caption_files(self.captions, self.path)]
 
 
 class _PictureFiles(Source):
@@ -149,28 +169,42 @@ class _PictureFiles(Source):
 
     def __init__(self, settings: ImageFolder) -> None:
         self._settings = settings
-        self._tree = Tree(settings.path, SUFFIXES)
-        names = self._tree.names
+        texts = () if settings.captions is None else (BESIDE_SUFFIX, *LISTS)
+        self._tree = Tree(settings.path, (*SUFFIXES, *texts))
+        self._tree.require(SUFFIXES, len(self._tree.names))
+        names = [name for name in self._tree.names if name.lower().endswith(SUFFIXES)]
+        self._names = names
         self._splits: list[str] | None = None
         if settings.splits is not None:
             pairs = split_folders(names, dict(settings.splits), settings.path)
             self._splits = [split for split, _ in pairs]
             names = [rest for _, rest in pairs]
-        self._labels = Labels(names, settings.path, settings.class_pattern)
-        self.classes = self._labels.classes
+        self._labels: Labels | None = None
+        self._captions: Captions | None = None
+        if settings.captions is not None:
+            self._captions = Captions(settings.captions, self._tree, self._names)
+            self.captioned = True
+        else:
+            self._labels = Labels(names, settings.path, settings.class_pattern)
+            self.classes = self._labels.classes
 
     def __len__(self) -> int:
-        return len(self._tree.names)
+        return len(self._names)
 
     def where(self, i: int) -> str:
-        return self._tree.names[i]
+        return self._names[i]
 
     def split_of(self, i: int) -> str | None:
         return self._splits[i] if self._splits is not None else None
 
     def read(self, i: int) -> Raw:
-        image = self._settings.decode(self._tree.read(self._tree.names[i]))
-        meta = {"source": self.where(i), **self._labels.meta(i)}
+        name = self._names[i]
+        meta: dict[str, Any] = {"source": name}
+        if self._captions is not None:
+            meta["captions"] = self._captions[name]
+        if self._labels is not None:
+            meta |= self._labels.meta(i)
+        image = self._settings.decode(self._tree.read(name))
         return Raw({"png": encode_png(image), "json": meta})
 
 

@@ -176,6 +176,11 @@ class Shards:
     def classes(self) -> list[str] | None:
         return self.index.get("classes")
 
+    @property
+    def captioned(self) -> bool:
+        """Whether raw samples have captions."""
+        return bool(self.index.get("captioned"))
+
     def count(self, split: str) -> int:
         stops = self._of_split.get(split, ([], []))[1]
         return stops[-1] if stops else 0

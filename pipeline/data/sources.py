@@ -16,7 +16,7 @@ import os
 import re
 import tarfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -54,6 +54,8 @@ class Source(ABC):
     what: str
     """What one input is, for skipped.jsonl and messages: "image", "document", ..."""
     classes: list[str] | None = None
+    captioned: bool = False
+    """Whether each input has `captions`, a list of texts, in its metadata."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -109,7 +111,8 @@ class Tree:
     Hidden files and folders are left out. A compressed tar is held in memory, unpacked.
     """
 
-    def __init__(self, path: Path, suffixes: Iterable[str]) -> None:
+    def __init__(self, path: Path, suffixes: Iterable[str], required: bool = True) -> None:
+        """SourceError where there is no such file, unless they are not `required`."""
         self.path = path
         wanted = tuple(suffix.lower() for suffix in suffixes)
         if path.is_dir():
@@ -122,10 +125,15 @@ class Tree:
         else:
             raise SourceError(f"{path}: no such file or folder")
         self.names = sorted(name for name in found if name.lower().endswith(wanted))
-        if not self.names:
+        if required:
+            self.require(wanted, len(found))
+
+    def require(self, suffixes: Sequence[str], of: int) -> None:
+        """SourceError where none of the names, of so many files, ends so."""
+        if not any(name.lower().endswith(tuple(suffixes)) for name in self.names):
             raise SourceError(
-                f"{path}: no files that end in {', '.join(wanted)}"
-                + (f" (of {len(found)} files)" if found else ": the folder is empty")
+                f"{self.path}: no files that end in {', '.join(suffixes)}"
+                + (f" (of {of} files)" if of else ": the folder is empty")
             )
 
     def read(self, name: str) -> bytes:

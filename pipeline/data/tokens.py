@@ -20,6 +20,9 @@ from chainrule.pipeline.data.vocabulary import Vocabulary
 OF_ONE_SHAPE = ("image", "table")
 """Modalities whose samples have a shape, the same for all of a set if it is to be a grid."""
 LARGE = 1 << 16  # bytes; of a longer sample a piece alone is read, once the whole was checked
+Given = tuple[int | None, list[np.ndarray] | None]
+"""A sample's class, and the token ids of each of its captions."""
+OVERHEAD = 112  # bytes of an array beside its numbers
 CACHE = 1 << 28  # bytes of tokens that a set keeps in memory once they were read
 
 
@@ -42,10 +45,13 @@ class TokenSet:
         self.tokenizer_kind = str(index["tokenizer"]["kind"])
         self.grid: tuple[int, ...] | None = tuple(index["grid"]) if index.get("grid") else None
         self.classes = shards.classes
+        self.captions: dict[str, Any] | None = index.get("captions")
+        """What the samples' captions are tokens of: fingerprint and kind of the tokenizer, its
+        vocabulary_size, and the length of the `longest`; None where there are no captions."""
         self.modality = shards.modality
         self.raw_bytes = int(index["raw_bytes"][split])
-        self._large: dict[int, tuple[int, np.dtype[Any], int | None]] = {}
-        self._held: dict[int, tuple[np.ndarray, int | None]] = {}
+        self._large: dict[int, tuple[int, np.dtype[Any], Given]] = {}
+        self._held: dict[int, tuple[np.ndarray, Given]] = {}
         self._held_bytes = 0
         self._lock = threading.Lock()
         self.tokens = sum(shards.entries[n]["tokens"] for n in shards.numbers(split))
@@ -140,22 +146,33 @@ class TokenSet:
             )
         return tokens
 
-    def piece(self, i: int, start: int, stop: int) -> tuple[np.ndarray, int | None] | None:
-        """Tokens [start, stop) of sample `i`, flat, and its label; None where it is damaged.
+    def given(self, meta: dict[str, Any]) -> Given:
+        """What a model can be told of the sample that has this metadata."""
+        label = meta.get("label") if self.classes is not None else None
+        if self.captions is None:
+            return label, None
+        dtype = np.min_scalar_type(self.captions["vocabulary_size"])
+        return label, [np.array(ids, dtype) for ids in meta["caption_ids"]]
+
+    def piece(
+        self, i: int, start: int, stop: int
+    ) -> tuple[np.ndarray, int | None, list[np.ndarray] | None] | None:
+        """Tokens [start, stop) of sample `i`, flat, its class and its captions; None where it is
+        damaged.
 
         A sample is read and checked whole the first time and kept while there is room; of a
         large one that is not kept, later only the piece is read.
         """
         held = self._held.get(i)
         if held is not None:
-            return held[0][start:stop], held[1]
+            return held[0][start:stop], *held[1]
         known = self._large.get(i)
         if known is not None:
-            offset, dtype, label = known
+            offset, dtype, given = known
             data = self.shards.read_range(
                 self.split, i, NPY, offset + start * dtype.itemsize, (stop - start) * dtype.itemsize
             )
-            return np.frombuffer(data, dtype), label
+            return np.frombuffer(data, dtype), *given
         sample = self.sample(i)
         if sample is None:
             return None
@@ -166,12 +183,13 @@ class TokenSet:
                 f"{self.shards.folder}: sample {sample.key} has {len(flat)} tokens, its offsets "
                 f"promise {stop}; pretokenize again"
             )
-        label = sample.meta.get("label") if self.classes is not None else None
+        given = self.given(sample.meta)
+        held_bytes = flat.nbytes + sum(ids.nbytes + OVERHEAD for ids in given[1] or ())
         with self._lock:
-            if self._held_bytes + flat.nbytes <= CACHE:
-                self._held[i] = (flat.copy(), label)  # the rest of the sample's bytes may go
-                self._held_bytes += flat.nbytes
+            if self._held_bytes + held_bytes <= CACHE:
+                self._held[i] = (flat.copy(), given)  # the rest of the sample's bytes may go
+                self._held_bytes += held_bytes
             elif len(sample.members[NPY]) > LARGE:
                 head = len(sample.members[NPY]) - tokens.nbytes
-                self._large[i] = (head, tokens.dtype, label)
-        return flat[start:stop], label
+                self._large[i] = (head, tokens.dtype, given)
+        return flat[start:stop], *given

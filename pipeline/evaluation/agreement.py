@@ -5,12 +5,15 @@ on the real training images, names as the class each was sampled for. Beside it 
 same classifier's accuracy on real images it was not fitted on: the most the first can mean.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from chainrule.pipeline.artifact import read_json
 from chainrule.pipeline.data.reader import Shards
 from chainrule.pipeline.evaluation.figures import Figures
 from chainrule.pipeline.evaluation.held_out import labelled_images
@@ -57,19 +60,46 @@ def classifier_agreement(
     )
 
 
+def _asked(samples: Path, store: Any, shards: Shards) -> npt.NDArray[np.int64] | None:
+    """The class that each sample was asked for: by itself, or as the one that its caption names;
+    None where samples were asked for neither. StageFailed for a caption that names no one class."""
+    if "class" in store:
+        return np.asarray(store["class"])
+    if "caption" not in store or not shards.classes:
+        return None
+    of_caption = []
+    for caption in read_json(samples / "captions.json"):
+        named = [name for name in shards.classes if _words(name) in _words(caption)]
+        # "cat tree" names no cat
+        named = [a for a in named if not any(_words(a) in _words(b) for b in named if a != b)]
+        if len(named) != 1:
+            raise StageFailed(
+                f"{samples}: the caption '{caption}' names {' and '.join(named) or 'none'} of the "
+                "classes, where the classifier needs one; leave 'samples' out of this evaluation"
+            )
+        of_caption.append(shards.classes.index(named[0]))
+    return np.array(of_caption)[np.asarray(store["caption"])]
+
+
+def _words(text: str) -> str:
+    """The words of a text, a space before and after each."""
+    return " ".join(["", *re.findall(r"[^\W_]+", text.lower()), ""])
+
+
 def measure_agreement(samples: Path, shards: Shards, figures: Figures) -> None:
     """The figures of the samples in `samples` (a folder with samples.zarr) against real shards."""
     import zarr
 
     store = zarr.open_group(str(samples / "samples.zarr"), mode="r")
-    if "images" not in store or "class" not in store:
+    asked = _asked(samples, store, shards)
+    if "images" not in store or asked is None:
         raise StageFailed(
             f"{samples}: no images with classes in samples.zarr; "
             "leave 'samples' out of this evaluation"
         )
     real, labels = labelled_images(shards, "train")
     held_out, held_out_labels = labelled_images(shards, "validation")
-    images, asked = np.asarray(store["images"]), np.asarray(store["class"])
+    images = np.asarray(store["images"])
     found = classifier_agreement(real, labels, held_out, held_out_labels, images, asked)
     fitted = f"an SVC (RBF) fitted on {len(real)} real training images"
     figures.put(

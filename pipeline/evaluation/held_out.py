@@ -5,9 +5,9 @@ encoded when it is asked for, and once before to learn its length.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,9 +22,17 @@ class Encoded:
     """Samples of one split, through `tokenizer`; text gets the `eos` that pretokenize appends."""
 
     def __init__(
-        self, shards: Shards, tokenizer: Any, split: str, limit: int | None = None
+        self,
+        shards: Shards,
+        tokenizer: Any,
+        split: str,
+        limit: int | None = None,
+        captioner: Any = None,
+        caption_tokens: int = 0,
     ) -> None:
-        """With `limit`, that many samples from all over the split; the same for `Stored`."""
+        """With `limit`, that many samples from all over the split; the same for `Stored`.
+
+        `captioner` makes tokens of captions, the first `caption_tokens` of each."""
         self.shards, self.tokenizer, self.split = shards, tokenizer, split
         self.chosen = shards.spread(split, limit)
         self.samples = len(self.chosen)
@@ -32,6 +40,13 @@ class Encoded:
         self.tokenizer_fingerprint = str(tokenizer.fingerprint)
         self.tokenizer_kind = str(tokenizer.kind)
         self.classes = shards.classes
+        self.captioner = captioner if shards.captioned else None
+        self.captions: dict[str, Any] | None = None
+        if self.captioner is not None:
+            self.captions = {
+                "longest": caption_tokens,
+                "fingerprint": str(self.captioner.fingerprint),
+            }
         self.modality = shards.modality
         if self.samples == 0:
             raise ShardError(f"{shards.folder}: split '{split}' is empty")
@@ -47,6 +62,10 @@ class Encoded:
         meta = dict(sample.meta)
         if self.modality == "text":
             meta["bytes"] = len(sample.members["txt"])
+        if self.captioner is not None and self.captions is not None:
+            most = self.captions["longest"]
+            encoded = self.captioner.encode(meta["captions"])
+            meta["caption_ids"] = [ids[:most].tolist() for ids in encoded]
         return meta
 
     def encode(self, raw: Any) -> np.ndarray:
@@ -80,6 +99,7 @@ class Stored:
         self.chosen = tokens.shards.spread(tokens.split, limit)
         self.samples = len(self.chosen)
         self.vocabulary, self.classes = tokens.vocabulary, tokens.classes
+        self.captions = tokens.captions
         self.tokenizer_fingerprint = tokens.tokenizer_fingerprint
         self.tokenizer_kind = tokens.tokenizer_kind
         self.modality, self.grid = tokens.modality, tokens.grid
@@ -99,29 +119,47 @@ class Stored:
 
 
 HeldOut = Encoded | Stored
+Given = Literal["class", "caption"]
+"""What a model is told of a sample that it scores."""
 
 
 def event_batches(
-    tokens: HeldOut, todo: range, event_shape: tuple[int, ...], conditional: bool, batch_size: int
+    tokens: HeldOut,
+    todo: range,
+    event_shape: tuple[int, ...],
+    given: Given | None,
+    batch_size: int,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-    """(B, *event_shape) tokens and, for a `conditional` model, (B,) classes, in order."""
+    """(B, *event_shape) tokens and what they are given: (B,) classes, or (B, n) captions (the
+    first of each sample), in order."""
     for start in range(todo.start, todo.stop, batch_size):
         pairs = [tokens[i] for i in range(start, min(start + batch_size, todo.stop))]
         stacked = np.stack([t.ravel() for t, _ in pairs])
         x = torch.from_numpy(stacked.astype(tokens.vocabulary.batch_dtype))
         cond = None
-        if conditional:
-            cond = torch.tensor([label_of(meta) for _, meta in pairs])
+        if given is not None:
+            cond = torch.from_numpy(conditions(tokens, [meta for _, meta in pairs], given))
         yield x.reshape(len(pairs), *event_shape), cond
 
 
 def documents(
-    tokens: HeldOut, todo: range, conditional: bool
+    tokens: HeldOut, todo: range, given: Given | None
 ) -> Iterator[tuple[np.ndarray, int | None]]:
-    """(t,) tokens of each document and, for a `conditional` model, its class."""
+    """(t,) tokens of each document and, for a model with classes, its own."""
     for i in todo:
         document, meta = tokens[i]
-        yield document.ravel(), label_of(meta) if conditional else None
+        yield document.ravel(), label_of(meta) if given is not None else None
+
+
+def conditions(tokens: HeldOut, metas: Sequence[dict[str, Any]], of: Given) -> np.ndarray:
+    """What samples are conditioned on: (B,) classes, or (B, n) tokens of captions."""
+    if of == "class" or tokens.captions is None:
+        return np.array([label_of(meta) for meta in metas])
+    cond = np.full((len(metas), tokens.captions["longest"]), -1)
+    for row, meta in enumerate(metas):
+        ids = meta["caption_ids"][0]
+        cond[row, : len(ids)] = ids
+    return cond
 
 
 def label_of(meta: dict[str, Any]) -> int:

@@ -92,8 +92,9 @@ class Autoregressive(nn.Module, ABC):
         """All conditionals at once by teacher forcing, of shape (B, T) in generation order.
 
         `x` is (B, *event_shape). A model over a sequence (one-dimensional event) takes
-        shorter ones too: (B, t), t <= T. `cond` (B,) is the class, where the model has one;
-        -1 asks for the unconditional distribution of a model trained with dropped conditions.
+        shorter ones too: (B, t), t <= T. `cond` (B,) is the class, where the model has one, or
+        (B, n) the tokens of a caption, -1 past its end; -1 (all of them) asks for the
+        unconditional distribution of a model trained with dropped conditions.
         """
 
     def log_prob(self, x: Tensor, cond: Tensor | None = None) -> Tensor:

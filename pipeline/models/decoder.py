@@ -1,6 +1,9 @@
 """Decoder-only Transformers: GPT-2 and 3, LLaMA 1 to 3, Mistral, Falcon, ImageGPT.
 
     input 0 is the start symbol (a learned vector, the class, or a BOS token); input t is x_{t-1}
+    conditioned on a text, its tokens come before the start symbol, and every input after them
+    sees them (Ramesh et al. 2021, section 2.2: one stream of text and image tokens); they are
+    given, so that the likelihood is that of the elements alone
     output t is p(x_t | x_<t), through causal self-attention
     with packed documents, each has a start symbol of its own and sees no other: its
     likelihood is what it would be alone
@@ -8,8 +11,9 @@
 Differences between families are named settings (decoder_config.py). Linear layers that read
 the same features are one matrix: q, k, v; SwiGLU's gate and up.
 
-Legend: B batch, T elements, D width, H heads, K key/value heads, d width of a head,
-F width of the MLP, P numbers a conditional.
+Legend: B batch, T elements, S starts (inputs before the first element, 1 without a caption),
+D width, H heads, K key/value heads, d width of a head, F width of the MLP, P numbers a
+conditional.
 """
 
 import math
@@ -24,7 +28,13 @@ from chainrule.pipeline.models.attention import Attend, full_attention
 from chainrule.pipeline.models.contract import Autoregressive, Conditional, Cursor
 from chainrule.pipeline.models.decoder_config import PRESETS, DecoderConfig
 from chainrule.pipeline.models.heads import projection
-from chainrule.pipeline.models.inputs import ClassEmbedding, check_condition, check_elements
+from chainrule.pipeline.models.inputs import (
+    CaptionEmbedding,
+    ClassEmbedding,
+    check_captions,
+    check_condition,
+    check_elements,
+)
 from chainrule.pipeline.models.kernels import (
     Linear,
     RMSNorm,
@@ -45,7 +55,7 @@ def _norm(config: DecoderConfig) -> nn.Module:
 
 
 def rope_table(config: DecoderConfig, device: torch.device) -> Tensor:
-    """(2, T, d) float32: angles of rotary position embedding, as `rotate` wants them.
+    """(2, inputs, d) float32: angles of rotary position embedding, as `rotate` wants them.
 
     Su et al. 2021, section 3.2.2; halves are rotated against each other, as in LLaMA's
     published weights for `transformers`. Scaling: LLaMA 3.1's reference code, `apply_scaling`.
@@ -58,7 +68,7 @@ def rope_table(config: DecoderConfig, device: torch.device) -> Tensor:
         low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
         keep = ((waves - low) / (high - low)).clamp(0, 1)
         frequency = keep * frequency + (1 - keep) * frequency / scaling.factor
-    angle = torch.outer(torch.arange(config.context, device=device).float(), frequency)
+    angle = torch.outer(torch.arange(config.inputs, device=device).float(), frequency)
     cos, sin = angle.cos(), angle.sin()
     return torch.stack([torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)])
 
@@ -156,7 +166,9 @@ class Decoder(Autoregressive):
         else:
             self.embedding = nn.Linear(1, config.width)
         if config.position == "learned":
-            self.positions = nn.Parameter(torch.empty(config.context, config.width))
+            self.positions = nn.Parameter(torch.empty(config.inputs, config.width))
+        if config.captions is not None:
+            self.caption_embedding = CaptionEmbedding(config.captions, config.width)
         if config.classes is not None:
             self.class_embedding = ClassEmbedding(
                 config.classes, config.width, config.class_dropout
@@ -233,7 +245,7 @@ class Decoder(Autoregressive):
 
     def cursor(self, batch: int, cond: Tensor | None = None, spare: int = 0) -> Cursor:
         """With a window, `spare` elements can be forgotten without feeding any again."""
-        cond = check_condition(cond, self.config.classes, batch)
+        cond = self.check_condition(cond, batch)
         return DecoderCursor(self, batch, cond, spare)
 
     def to_sequence(self, x: Tensor) -> Tensor:
@@ -252,7 +264,9 @@ class Decoder(Autoregressive):
         config = self.config
         # Part of an event can be told from a whole one only where it comes first.
         x = check_elements(x, self.event_shape, config.vocabulary_size, shorter=not self._reordered)
-        cond = check_condition(cond, config.classes, len(x))
+        cond = self.check_condition(cond, len(x))
+        if documents is not None and config.captions is not None:
+            raise ValueError("documents were given: a model of captions takes one event a row")
         if documents is not None and documents.shape != x.shape:
             raise ValueError(
                 f"documents has shape {tuple(documents.shape)}: x has {tuple(x.shape)}"
@@ -263,14 +277,16 @@ class Decoder(Autoregressive):
             documents = self.to_sequence(documents)
         dropout = config.dropout if self.training else 0.0
 
-        start = self.start_vector(cond, batch, training=self.training)
+        start = self.start_vectors(cond, batch, training=self.training)
         h = self.embed(sequence[:, :-1])
-        h = torch.cat([start.to(h.dtype).unsqueeze(1), h], dim=1)[:, :length]
+        before = config.starts - 1
+        length += before
+        h = torch.cat([start.to(h.dtype), h], dim=1)[:, :length]
         positions: slice | Tensor = slice(0, length)
         if documents is not None:
             first = torch.ones_like(documents, dtype=torch.bool)
             first[:, 1:] = documents[:, 1:] != documents[:, :-1]
-            h = torch.where(first.unsqueeze(-1), start.to(h.dtype).unsqueeze(1), h)
+            h = torch.where(first.unsqueeze(-1), start.to(h.dtype), h)
             # Every document counts from 0. (RoPE knows differences only.)
             steps = torch.arange(length, device=x.device).expand(batch, -1)
             positions = steps - torch.where(first, steps, 0).cummax(dim=1).values
@@ -281,7 +297,7 @@ class Decoder(Autoregressive):
         rope = self.rope(0, length, h)
         attention_dropout = config.attention_dropout if self.training else 0.0
         attend = full_attention(length, config.window, documents, attention_dropout, x.device)
-        kept = [h] if keep else []
+        kept = [h[:, before:]] if keep else []
         for block in self.blocks:
             if self.activation_checkpointing and self.training:
                 h = checkpoint(
@@ -290,12 +306,24 @@ class Decoder(Autoregressive):
             else:
                 h = block(h, rope, attend, dropout)
             if keep:
-                kept.append(h)
-        h = self.final_norm(h)
+                kept.append(h[:, before:])
+        h = self.final_norm(h[:, before:])
         return [*kept[:-1], h]
 
-    def start_vector(self, cond: Tensor | None, batch: int, training: bool = False) -> Tensor:
-        """What stands before the first element, (B, D)."""
+    def check_condition(self, cond: Tensor | None, batch: int) -> Tensor | None:
+        """`cond` as int64; ValueError where it is not of the model's kind."""
+        if self.config.captions is not None:
+            return check_captions(cond, self.config.captions, batch)
+        return check_condition(cond, self.config.classes, batch)
+
+    def start_vectors(self, cond: Tensor | None, batch: int, training: bool = False) -> Tensor:
+        """What stands before the first element, (B, S, D)."""
+        start = self._start_symbol(cond, batch, training).unsqueeze(1)
+        if self.config.captions is None:
+            return start
+        return torch.cat([self.caption_embedding(cond, batch, drop=training), start], dim=1)
+
+    def _start_symbol(self, cond: Tensor | None, batch: int, training: bool) -> Tensor:
         config = self.config
         if config.bos is not None:
             return self.embedding.weight[config.bos].expand(batch, -1)  # type: ignore[index,operator]

@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 
 from chainrule.pipeline.config import Settings
 from chainrule.pipeline.models.heads import CategoricalHead, Head, check_head
+from chainrule.pipeline.models.inputs import Captions
 from chainrule.pipeline.models.orderings import Ordering
 
 
@@ -94,6 +95,10 @@ class DecoderConfig(Settings):
     class_dropout: float = Field(
         0.0, ge=0, lt=1, description="rate at which training drops the class (for guidance)"
     )
+    captions: Captions | None = Field(
+        None,
+        description="conditioned on a text, which stands before the start (Ramesh et al. 2021)",
+    )
     bos: int | None = Field(
         None, ge=0, description="token that precedes every event; none: a learned start vector"
     )
@@ -143,12 +148,31 @@ class DecoderConfig(Settings):
         if self.bos is not None:
             if self.classes is not None:
                 raise ValueError("bos and classes: one start symbol, give one of them")
+            if self.captions is not None:
+                raise ValueError("bos and captions: what follows a caption has a start of its own")
             if self.vocabulary_size is None or self.bos >= self.vocabulary_size:
                 raise ValueError(f"bos is {self.bos}: vocabulary_size is {self.vocabulary_size}")
         if self.class_dropout and self.classes is None:
             raise ValueError("class_dropout was given: the model has no classes")
+        if self.captions is not None and self.classes is not None:
+            raise ValueError("captions and classes: one condition, give one of them")
+        if self.captions is not None and (self.window or self.inputs) < self.inputs:
+            raise ValueError(
+                f"window is {self.window}: elements further on would not see the caption; set "
+                f"window: null (or {self.inputs} and more), or captions: null"
+            )
         self.ordering.indices(self.event_shape)
         return self
+
+    @property
+    def starts(self) -> int:
+        """Inputs before the first element: the start symbol, and a caption where there is one."""
+        return 1 if self.captions is None else self.captions.length + 1
+
+    @property
+    def inputs(self) -> int:
+        """Inputs of a whole event: its last element is none."""
+        return self.starts + self.context - 1
 
 
 _GPT2 = {

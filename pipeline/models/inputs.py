@@ -1,14 +1,17 @@
-"""What enters a model: elements as features, the class, and the checks of both.
+"""What enters a model: elements as features, the condition, and the checks of both.
 
 Every check raises ValueError naming the argument, the value and the bound, before any
 kernel runs on it. Ids may come in any integer dtype (shards hold uint8 and uint16); a check
 gives them back as int64, which every kernel takes.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
+
+from chainrule.pipeline.config import Settings
 
 
 def as_ids(x: Tensor) -> Tensor:
@@ -74,6 +77,80 @@ def check_condition(cond: Tensor | None, classes: int | None, batch: int) -> Ten
             wrong = low if low < -1 else high
             raise ValueError(f"cond holds {wrong}: classes are 0..{classes - 1}, -1 for none")
     return cond
+
+
+class Captions(Settings):
+    """A text that the model is conditioned on: tokens of a tokenizer of its own."""
+
+    vocabulary_size: int = Field(ge=1, description="of the captions' tokenizer")
+    length: int = Field(ge=1, description="tokens of the longest caption")
+    dropout: float = Field(
+        0.1, ge=0, lt=1, description="rate at which training drops the caption (for guidance)"
+    )
+
+
+def check_captions(cond: Tensor | None, captions: Captions, batch: int) -> Tensor | None:
+    """`cond` is (B, n) integers, n <= captions.length: token ids of each caption, then -1 to its
+    end; all -1 is no caption. Returned as int64 (B, captions.length), or None."""
+    if cond is None:
+        return None
+    fits = cond.dim() == 2 and len(cond) == batch and cond.shape[1] <= captions.length
+    if cond.dtype.is_floating_point or cond.dtype == torch.bool or not fits:
+        raise ValueError(
+            f"cond has shape {tuple(cond.shape)} and dtype {cond.dtype}: the model takes captions, "
+            f"integers of shape ({batch}, {captions.length}) or shorter"
+        )
+    cond = cond.long()
+    if cond.numel() and not cond.is_meta and not torch.compiler.is_compiling():
+        low, high = (int(v) for v in torch.aminmax(cond))
+        if low < -1 or high >= captions.vocabulary_size:
+            wrong = low if low < -1 else high
+            raise ValueError(
+                f"cond holds {wrong}: tokens of captions are 0..{captions.vocabulary_size - 1}, "
+                "-1 past a caption's end"
+            )
+    return nn.functional.pad(cond, (0, captions.length - cond.shape[1]), value=-1)
+
+
+def is_conditioned(config: Any) -> bool:
+    """Whether a model of these settings takes `cond`."""
+    return getattr(config, "classes", None) is not None or has_captions(config)
+
+
+def has_captions(config: Any) -> bool:
+    """Whether `cond` is a caption."""
+    return getattr(config, "captions", None) is not None
+
+
+def drop_rate(config: Any) -> float:
+    """Rate at which training dropped the condition; 0 where there is none."""
+    if has_captions(config):
+        return float(config.captions.dropout)
+    return float(getattr(config, "class_dropout", 0.0))
+
+
+class CaptionEmbedding(nn.Module):
+    """h in p(x | h): a learned vector a token, and one more for what lies past a caption's end.
+
+    Dropped in training as a class is; a caption that is dropped is one without tokens.
+    """
+
+    def __init__(self, captions: Captions, width: int) -> None:
+        super().__init__()
+        self.captions = captions
+        self.table = nn.Embedding(captions.vocabulary_size + 1, width)
+
+    def forward(self, cond: Tensor | None, batch: int, drop: bool = False) -> Tensor:
+        """(B, n) to (B, n, width), n the longest caption's length; `drop` as in training."""
+        size, device = self.captions.vocabulary_size, self.table.weight.device
+        if cond is None:
+            cond = torch.full((batch, self.captions.length), -1, device=device)
+        index = torch.where(cond < 0, size, cond.long()).to(device)
+        if drop and self.captions.dropout > 0:
+            dropped = torch.rand(batch, 1, device=device) < self.captions.dropout
+            index = index.masked_fill(dropped, size)
+        embedded: Tensor = self.table(index)
+        return embedded
 
 
 class ClassEmbedding(nn.Module):

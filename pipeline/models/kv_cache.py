@@ -1,7 +1,8 @@
 """Generation with a Transformer: keys and values of what is known are kept, so that an element
 costs one pass over the weights, however long the event is.
 
-The cache is allocated once: 2 * L * B * K * slots * d numbers, slots = min(T, window + spare).
+The cache is allocated once: 2 * L * B * K * slots * d numbers, slots = min(inputs, window + spare)
+(as many inputs as elements, and the tokens of a caption).
 With a window it is a ring: the input at position p lies in slot p mod slots, over one that has
 left the window. Slots further on than the position are never read, so that `rewind` only
 moves the position; where a ring has already lost what is needed, the inputs are fed again
@@ -117,13 +118,13 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> T
 
 def ring_window(config: "DecoderConfig") -> int | None:
     """The window of a model that does not see a whole event, None for others."""
-    return config.window if config.window is not None and config.window < config.context else None
+    return config.window if config.window is not None and config.window < config.inputs else None
 
 
 def slots_of(config: "DecoderConfig", spare: int) -> int:
     """Slots of a cache: of every input, or of a window and those to spare."""
     window = ring_window(config)
-    return config.context if window is None else min(config.context, window + spare)
+    return config.inputs if window is None else min(config.inputs, window + spare)
 
 
 class DecoderCursor(CachedCursor):
@@ -160,13 +161,13 @@ class DecoderCursor(CachedCursor):
             device=weight.device,
         )
         self.fed = 0
-        """Inputs whose keys and values are kept: the start symbol and elements 0..fed-2."""
+        """Inputs whose keys and values are kept: the starts, then elements from the first on."""
         self._written = 0
         """Inputs that were ever fed: a ring has lost all before the last `slots` of them."""
         self._spare = self.cache.slots - self.cache.window
         self._stale = False
         with torch.no_grad():
-            self.start = model.start_vector(cond, batch).unsqueeze(1)
+            self.start = model.start_vectors(cond, batch)
             self._native = steps_of(model, self.cache.keys, self.cache.values)
         self._start()
 
@@ -183,7 +184,10 @@ class DecoderCursor(CachedCursor):
         self.elements[:, first : first + x.shape[1]] = x
 
     def _predict(self, first: int, end: int) -> Tensor:
-        begin = min(first, self.fed)  # earlier only where a ring has to be fed again
+        # Element t is predicted from input t + before.
+        before = self.model.config.starts - 1
+        first, end = first + before, end + before
+        begin = min(first, self.fed)  # earlier: the starts, and where a ring has to be fed again
         if end - begin <= LARGEST_FEED:
             return self._feed(begin, end)[:, first - begin :]
         cuts = [*range(begin, end, LARGEST_FEED), end]
@@ -193,9 +197,10 @@ class DecoderCursor(CachedCursor):
     def _feed(self, first: int, end: int) -> Tensor:
         """Inputs first..end-1 through the model; the numbers of their conditionals."""
         model = self.model
-        h = model.embed(self.elements[:, max(first - 1, 0) : end - 1])
-        if first == 0:
-            h = torch.cat([self.start.to(h.dtype), h], dim=1)
+        starts = model.config.starts
+        h = model.embed(self.elements[:, max(first - starts, 0) : max(end - starts, 0)])
+        if first < starts:
+            h = torch.cat([self.start[:, first:end].to(h.dtype), h], dim=1)
         if model.config.position == "learned":
             h = h + model.positions[first:end]
         cache = self.cache
@@ -248,7 +253,7 @@ class DecoderCursor(CachedCursor):
         # The inputs' keys are kept; the prediction is made again when it is asked for, since
         # whoever rewinds mostly goes on at once with another element.
         self._stale = True
-        self.fed = min(self.fed, self.position + 1)
+        self.fed = min(self.fed, self.position + self.model.config.starts)
         cache = self.cache
         if not cache.ring:
             return

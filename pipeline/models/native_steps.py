@@ -82,7 +82,7 @@ class NativeSteps:
             layer.attended = self._matrix(modules.attention.output)
             layer.mlp_in = self._matrix(modules.mlp.input)
             layer.mlp_out = self._matrix(modules.mlp.output)
-        self.rope = model.rope(0, config.context, torch.empty(0))  # float32
+        self.rope = model.rope(0, config.inputs, torch.empty(0))  # float32
         self.outputs = len(weight)
         self._model = _Model(
             layers=config.layers,
@@ -107,7 +107,7 @@ class NativeSteps:
             keys=keys.data_ptr(),
             values=values.data_ptr(),
         )
-        self._context = config.context
+        self._inputs = config.inputs
         self._scratch = torch.empty(0)
 
     def __call__(
@@ -143,7 +143,7 @@ class NativeSteps:
             numbers(*rows),
             numbers(*positions),
             numbers(*oldest),
-            self._context,
+            self._inputs,
             h.data_ptr(),
             self._scratch.data_ptr(),
             logits.data_ptr(),

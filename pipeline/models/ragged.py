@@ -13,7 +13,7 @@ from torch import Tensor
 
 from chainrule.pipeline.models.contract import Conditional
 from chainrule.pipeline.models.decoder import Decoder
-from chainrule.pipeline.models.inputs import check_condition, check_values
+from chainrule.pipeline.models.inputs import check_values
 from chainrule.pipeline.models.kv_cache import SPARE, grouped_attention, ring_window, slots_of
 from chainrule.pipeline.models.native_steps import steps_of
 
@@ -27,11 +27,11 @@ class RaggedCursor:
 
     def __init__(self, model: Decoder, batch: int, cond: Tensor | None = None) -> None:
         config = model.config
-        cond = check_condition(cond, config.classes, batch)
+        cond = model.check_condition(cond, batch)
         self.model = model
         self.slots = slots_of(config, SPARE)
-        self.window = ring_window(config) or config.context
-        self.most = self.slots - self.window + 1 if self.slots < config.context else config.context
+        self.window = ring_window(config) or config.inputs
+        self.most = self.slots - self.window + 1 if self.slots < config.inputs else config.context
         weight = next(model.final_norm.parameters())  # of the dtype that is computed in
         shape = (config.layers, batch, config.kv_heads, self.slots, config.head_width)
         self.keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
@@ -42,7 +42,7 @@ class RaggedCursor:
         """Inputs ever fed to each row, (B,): a ring has lost all before the last `slots`."""
         with torch.no_grad():
             self._native = steps_of(model, self.keys, self.values)
-            start = model.start_vector(cond, batch).unsqueeze(1)
+            start = model.start_vectors(cond, batch)
             self._feed(start.to(weight.dtype), np.zeros(batch, dtype=np.int64))
 
     @property
@@ -64,7 +64,7 @@ class RaggedCursor:
                 f"follows the last of {self.model.config.context} elements"
             )
         x = check_values(x, self.model.config.vocabulary_size)
-        parameters = self._feed(self.model.embed(x), self.known + 1)
+        parameters = self._feed(self.model.embed(x), self.known + self.model.config.starts)
         self.known += x.shape[1]
         config = self.model.config
         return config.head.conditional(parameters, config.vocabulary_size)
@@ -100,7 +100,7 @@ class RaggedCursor:
         held = min(int(positions_np.max()) + 1, self.slots)
         if model.config.position == "learned":
             h = h + model.positions[positions]
-        rope = model.rope(0, model.config.context, h)
+        rope = model.rope(0, model.config.inputs, h)
         if rope is not None:
             rope = rope[:, positions]
         # Row b's input i sees a window of positions up to its own.

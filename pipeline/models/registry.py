@@ -59,6 +59,27 @@ def resolve(spec: str | dict[str, Any] | Settings, **overrides: Any) -> Settings
         raise ValueError(f"model '{family}': " + "; ".join(faults)) from None
 
 
+def faults_of(spec: str | dict[str, Any]) -> list[str]:
+    """What is wrong with the keys of `spec` by themselves, before it is known what the data will
+    fill in: a key that the family lacks, a value that its field does not take."""
+    given = {} if isinstance(spec, str) else spec
+    asked = {k: v for k, v in given.items() if k != "preset" and v is not None}
+    name = spec if isinstance(spec, str) else spec.get("preset")
+    settings = _merge(_preset(name), asked) if name is not None else asked
+    config_class = FAMILIES[str(settings["family"])][0]
+    try:
+        config_class.model_validate(settings)
+    except pydantic.ValidationError as error:
+        # A fault without a place is one of fields together, of which some may be still to come;
+        # so may be what is missing.
+        return [
+            text
+            for place, text in explain(error, config_class, settings)
+            if place and place[0] in asked and not text.endswith("is missing")
+        ]
+    return []
+
+
 def build(
     spec: str | dict[str, Any] | Settings, seed: int | None = None, **overrides: Any
 ) -> Autoregressive:

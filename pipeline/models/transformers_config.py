@@ -185,6 +185,8 @@ def check_expressible(config: DecoderConfig) -> None:
         faults.append("activation 'swiglu'")
     if config.head.kind != "categorical":
         faults.append(f"head {config.head.kind}")
+    if config.captions is not None:
+        faults.append("captions before the start")
     if faults:
         raise ValueError(f"transformers' {config.family} has no {', '.join(dict.fromkeys(faults))}")
 

@@ -17,7 +17,15 @@ from chainrule.pipeline.models.contract import Autoregressive
 from chainrule.pipeline.models.registry import build
 from chainrule.pipeline.sampling.sampler import SamplingError, log_probs_of
 
-INHERITED = ("vocabulary_size", "context", "event_shape", "classes", "bos", "ordering")
+INHERITED = (
+    "vocabulary_size",
+    "context",
+    "event_shape",
+    "classes",
+    "captions",
+    "bos",
+    "ordering",
+)
 """Settings of a decoder that its draft must share: they say what an element is."""
 
 
@@ -45,9 +53,15 @@ def new_draft(
     Raises SamplingError for settings that do not fit, or a family without layers.
     """
     own = model.config.model_dump(mode="json")
+    # The model drops nothing while it is asked: a draft that did would learn to average.
+    surely: dict[str, Any] = {
+        name: 0.0 for name in ("dropout", "attention_dropout", "class_dropout") if name in own
+    }
+    if own.get("captions") is not None:
+        surely["captions"] = {**own["captions"], "dropout": 0.0}
     try:
         if spec is not None:
-            shared = {k: own[k] for k in INHERITED if k in own}
+            shared = {k: {**own, **surely}[k] for k in INHERITED if k in own}
             given = {k: v for k, v in shared.items() if k not in spec}
             return build({**given, **spec}, seed=seed)
         if "layers" not in own:
@@ -55,7 +69,7 @@ def new_draft(
         chosen = layers if layers is not None else max(1, own["layers"] // 4)
         if chosen > own["layers"]:
             raise ValueError(f"layers is {chosen}: the model has {own['layers']}")
-        draft = build({**own, "layers": chosen, "dropout": 0.0}, seed=seed)
+        draft = build({**own, **surely, "layers": chosen}, seed=seed)
     except ValueError as error:
         raise SamplingError(f"draft: {error}") from None
     last = own["layers"] - 1

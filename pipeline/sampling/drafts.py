@@ -22,6 +22,7 @@ from torch import Tensor
 
 from chainrule.pipeline.config import Settings
 from chainrule.pipeline.models.contract import Autoregressive
+from chainrule.pipeline.models.inputs import is_conditioned
 from chainrule.pipeline.sampling.filters import invert
 from chainrule.pipeline.sampling.rows import Rows, open_rows
 from chainrule.pipeline.sampling.sampler import PREFILL_COLUMNS, SamplingError
@@ -81,7 +82,7 @@ class ModelDraft(Draft):
             )
         self.u = uniforms(seeds[:, None], np.arange(columns), LANE_DRAFT)
         self.size = size
-        conditioned = getattr(self.source.config, "classes", None) is not None
+        conditioned = is_conditioned(self.source.config)
         self.rows: Rows = open_rows(self.source, len(seeds), cond if conditioned else None)
         self.confirmed = [0] * len(seeds)
 

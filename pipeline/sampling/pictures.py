@@ -70,7 +70,7 @@ def sheet_rows(
     for index, name in enumerate(classes):
         grouped.setdefault(name, []).append(index)
     left = max(0, len(grouped) - MOST_ROWS)
-    return list(grouped.items())[:MOST_ROWS], f"{left:,} more classes in sheets/" if left else ""
+    return list(grouped.items())[:MOST_ROWS], f"{left:,} more in sheets/" if left else ""
 
 
 def file_stems(names: Sequence[str]) -> list[str]:

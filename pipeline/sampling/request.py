@@ -17,6 +17,7 @@ from pydantic import Field, field_validator
 from chainrule.pipeline.config import Settings, nearest, runtime
 from chainrule.pipeline.data.vocabulary import Vocabulary
 from chainrule.pipeline.models.contract import Autoregressive
+from chainrule.pipeline.models.inputs import drop_rate, has_captions, is_conditioned
 from chainrule.pipeline.sampling.completion import Given, Picture
 from chainrule.pipeline.sampling.drafts import DraftSettings
 from chainrule.pipeline.sampling.filters import Filters, Guidance
@@ -43,7 +44,10 @@ class Config(Filters):
         description="asked for in turn, by name or number; default: every class of the model",
     )
     prompts: list[str | list[int]] | None = Field(
-        None, min_length=1, description="continued in turn: texts, or lists of token ids"
+        None,
+        min_length=1,
+        description="continued in turn: texts, or lists of token ids; for a model of pictures that "
+        "takes captions, the captions",
     )
     complete: Completion | None = Field(
         None, description="complete samples of the `tokens` input, given their beginnings"
@@ -100,6 +104,8 @@ class Source:
     tokenizer: Any
     """None for a model of raw elements."""
     device: torch.device
+    captioner: Any = None
+    """The tokenizer of captions, for a model that takes them."""
 
     @property
     def modality(self) -> str | None:
@@ -118,6 +124,52 @@ class Beginning:
     """(T,) in generation order."""
     label: int | None
     """Its class."""
+    caption: tuple[str, list[int]] | None = None
+    """Its first caption and the tokens of that."""
+
+
+@dataclass
+class Captioned:
+    """Captions that samples are drawn for."""
+
+    texts: list[str]
+    ids: torch.Tensor
+    """(captions, n) token ids, -1 past the end of each."""
+
+    @classmethod
+    def of(cls, texts: Sequence[str], source: Source) -> "Captioned":
+        """SamplingError for a caption that the model cannot take whole."""
+        length = source.model.config.captions.length
+        encoded = [tokens.tolist() for tokens in source.captioner.encode(list(texts))]
+        for text, tokens in zip(texts, encoded, strict=True):
+            if not 0 < len(tokens) <= length:
+                raise SamplingError(
+                    f"prompts: {text!r} is {len(tokens)} tokens; captions of this model have 1 to "
+                    f"{length}"
+                )
+        return cls.of_ids(texts, encoded, source)
+
+    @classmethod
+    def beside(cls, begun: Sequence["Beginning"], source: Source) -> "Captioned | None":
+        """The captions of real samples, None where one has none."""
+        given = [b.caption for b in begun if b.caption is not None]
+        if len(given) < len(begun):
+            return None
+        return cls.of_ids([text for text, _ in given], [ids for _, ids in given], source)
+
+    @classmethod
+    def of_ids(
+        cls, texts: Sequence[str], tokens: Sequence[Sequence[int]], source: Source
+    ) -> "Captioned":
+        """Of captions that are tokens already, no longer than the model's."""
+        ids = torch.full((len(texts), source.model.config.captions.length), -1)
+        for row, of_caption in enumerate(tokens):
+            ids[row, : len(of_caption)] = torch.tensor(of_caption)
+        return cls(list(texts), ids)
+
+    def asked(self, i: int) -> int:
+        """Which caption sample `i` is drawn for."""
+        return i % len(self.texts)
 
 
 @dataclass
@@ -135,6 +187,8 @@ class Request:
     """What the prompts are the beginnings of, where real samples are completed."""
     given: Given | None = None
     """A picture of which a part is kept in every sample."""
+    captions: "Captioned | None" = None
+    """Texts asked for in turn."""
 
     def plan(self, indices: Sequence[int]) -> Plan:
         prompts = [self.prompts[i % len(self.prompts)] for i in indices]
@@ -142,16 +196,21 @@ class Request:
         if self.given is not None:
             known = self.given.tokens.expand(len(prompts), -1)
             given = self.given.kept.expand(len(prompts), -1)
-        cond = None
-        if self.classes is not None:
-            cond = torch.tensor([self.classes[i % len(self.classes)] for i in indices])
         return Plan(
             seeds=sample_seeds(self.config.seed, np.asarray(indices)),
             lengths=np.array([len(prompt) + self.length for prompt in prompts]),
-            cond=cond,
+            cond=self.cond(indices),
             known=known if known.shape[1] else None,
             given=given if known.shape[1] else None,
         )
+
+    def cond(self, indices: Sequence[int]) -> torch.Tensor | None:
+        """What the samples are conditioned on, as the model takes it; None without."""
+        if self.captions is not None:
+            return self.captions.ids[[self.captions.asked(i) for i in indices]]
+        if self.classes is not None:
+            return torch.tensor([self.classes[i % len(self.classes)] for i in indices])
+        return None
 
     @property
     def columns(self) -> int:
@@ -163,11 +222,13 @@ def settle(
     source: Source,
     begun: Sequence[Beginning] | None = None,
     given: Given | None = None,
+    captions: Captioned | None = None,
 ) -> Request:
     """Compare the settings with the model; SamplingError names what it cannot do.
 
     `begun` are the real samples that `config.complete` asks for; they bring their own class.
-    `given` is the picture that `config.picture` asks for.
+    `given` is the picture that `config.picture` asks for. `captions` are used where the prompts
+    are none.
     """
     card = source.card
     classes = _classes(config, card)
@@ -175,23 +236,33 @@ def settle(
         if config.classes is not None:
             raise SamplingError("classes: completed samples have their own; leave them out")
         classes = [-1 if b.label is None else b.label for b in begun]
-    if config.guidance.scale != 1 and classes is None:
-        raise SamplingError("guidance: the model has no classes; leave guidance at 1")
-    if config.guidance.scale != 1 and not getattr(source.model.config, "class_dropout", 0.0):
+    captions = _captions(config, source) or captions
+    if captions is not None and begun is not None:
+        raise SamplingError("prompts, complete: give one of them")
+    if begun is not None and has_captions(source.model.config):
+        captions = Captioned.beside(begun, source)
+    if (
+        captions is None
+        and has_captions(source.model.config)
+        and not drop_rate(source.model.config)
+    ):
         raise SamplingError(
-            "guidance: the model was trained with class_dropout 0 and has never seen a sample "
-            "without its class; leave guidance at 1, or train with class_dropout 0.1"
+            "prompts: the model was trained with captions.dropout 0 and has never seen a picture "
+            "without a caption; give some"
         )
-    prompts = [_prompt(p, source) for p in config.prompts or [[]]]
+    if config.guidance.scale != 1:
+        _require_guidable(source, classes is not None or captions is not None)
+    asked = None if captions is not None else config.prompts
+    prompts = [_prompt(p, source) for p in asked or [[]]]
     if (begun is not None) != (config.complete is not None):
         raise SamplingError("complete: takes a pretokenize artifact as the input `tokens`")
     if begun is not None:
         assert config.complete is not None
-        if config.prompts is not None:
+        if asked is not None:
             raise SamplingError("prompts, complete: give one of them")
         share = config.complete.share
         prompts = [b.tokens[: max(1, round(share * len(b.tokens)))].tolist() for b in begun]
-    if given is not None and (config.prompts is not None or begun is not None):
+    if given is not None and (asked is not None or begun is not None):
         raise SamplingError("picture, prompts, complete: give one of them")
     longest = max(len(prompt) for prompt in prompts)
     length = config.length if config.length is not None else source.elements - longest
@@ -220,7 +291,37 @@ def settle(
         finished = StopStrings(source.tokenizer, config.stop)
     rules = Rules(config.filters, config.guidance, allowed, end, finished)
     begun = None if begun is None else list(begun)
-    return Request(config, rules, classes, prompts, length, begun, given)
+    return Request(config, rules, classes, prompts, length, begun, given, captions)
+
+
+def _captions(config: Config, source: Source) -> Captioned | None:
+    """The captions asked for, where that is what the prompts are."""
+    texts = [prompt for prompt in config.prompts or [] if isinstance(prompt, str)]
+    if not texts or not has_captions(source.model.config):
+        return None
+    if len(texts) != len(config.prompts or []):
+        raise SamplingError("prompts: captions are texts; leave lists of token ids out")
+    if source.captioner is None:
+        raise SamplingError(
+            "prompts: the model folder holds no tokenizer of captions; hand the model off again "
+            "with it among the inputs `tokenizer`"
+        )
+    return Captioned.of(texts, source)
+
+
+def _require_guidable(source: Source, conditioned: bool) -> None:
+    config = source.model.config
+    if not is_conditioned(config):
+        raise SamplingError("guidance: the model has no classes; leave guidance at 1")
+    what = "caption" if has_captions(config) else "class"
+    if not conditioned:
+        raise SamplingError("guidance: no caption is asked for; give prompts, or leave it at 1")
+    if not drop_rate(config):
+        setting = "captions.dropout" if what == "caption" else "class_dropout"
+        raise SamplingError(
+            f"guidance: the model was trained with {setting} 0 and has never seen a sample "
+            f"without its {what}; leave guidance at 1, or train with {setting} 0.1"
+        )
 
 
 def _classes(config: Config, card: Mapping[str, Any]) -> list[int] | None:

@@ -1,6 +1,6 @@
 """A finished store of samples as files to look at and listen to.
 
-pictures   a contact sheet of all, and one of each class that was asked for
+pictures   a contact sheet of all, and one of each class or caption that was asked for
 sounds     a WAV file each       texts   a text file each       tables   one CSV
 """
 
@@ -29,6 +29,8 @@ DECODED_TOGETHER = 16
 a sample must not depend on how it is drawn, and decoders round differently in other batches."""
 SHEET_OF_A_CLASS = 100
 """Pictures on the contact sheet of one class."""
+SHEETS = 1000
+"""Classes or captions that have a sheet of their own: as many as ImageNet has."""
 TRACKED = 8
 """Texts and sounds that go to the tracking server: the first."""
 
@@ -48,8 +50,8 @@ def show(request: Request, source: Source, store: Store, stage: Stage) -> None:
         path = stage.folder / "sheet.png"
         save_picture(sheet(request, source, store), path)
         stage.picture(path)
-        if request.classes is not None and request.begun is None:
-            for path in class_sheets(source, store, stage.folder / "sheets"):
+        if asked_names(request, source, store) is not None and request.begun is None:
+            for path in asked_sheets(request, source, store, stage.folder / "sheets"):
                 stage.picture(path)
     elif "audio" in store.arrays:
         (stage.folder / "audio").mkdir(exist_ok=True)
@@ -73,11 +75,10 @@ def show(request: Request, source: Source, store: Store, stage: Stage) -> None:
 
 
 def sheet(request: Request, source: Source, store: Store) -> Image.Image:
-    """A row a class, or, of completed pictures, the real one and then what was made of it."""
+    """A row a class or caption, or, of completed pictures, the real one and then what was made
+    of it."""
     if request.begun is None:
-        names = None
-        if request.classes is not None:
-            names = [_class_name(source, c) for c in store.read("class")]
+        names = asked_names(request, source, store)
         rows, note = sheet_rows(store.number, names)
         before = None
         if request.given is not None:
@@ -92,14 +93,16 @@ def sheet(request: Request, source: Source, store: Store) -> Image.Image:
     return _sheet_of(store, rows, pictures)
 
 
-def class_sheets(source: Source, store: Store, folder: Path) -> list[Path]:
-    """A sheet a class that was asked for, with its first samples: sheets/CLASS.png."""
+def asked_sheets(request: Request, source: Source, store: Store, folder: Path) -> list[Path]:
+    """A sheet a class or caption that was asked for, with its first samples: sheets/CLASS.png."""
     folder.mkdir(exist_ok=True)
-    asked = store.read("class")
-    classes = sorted({int(c) for c in asked})
+    asked = np.array(asked_names(request, source, store))
+    places = store.read("class" if request.captions is None else "caption")
+    in_order = asked[np.argsort(places, kind="stable")]
+    names = list(dict.fromkeys(in_order.tolist()))[:SHEETS]
     paths = []
-    for c, stem in zip(classes, file_stems([_class_name(source, c) for c in classes]), strict=True):
-        of_class = np.flatnonzero(asked == c)
+    for name, stem in zip(names, file_stems(names), strict=True):
+        of_class = np.flatnonzero(asked == name)
         indices = of_class[:SHEET_OF_A_CLASS].tolist()
         rows = [("", indices[start : start + 10]) for start in range(0, len(indices), 10)]
         left = len(of_class) - len(indices)
@@ -107,6 +110,15 @@ def class_sheets(source: Source, store: Store, folder: Path) -> list[Path]:
         paths.append(folder / f"{stem}.png")
         save_picture(_sheet_of(store, rows, note=note), paths[-1])
     return paths
+
+
+def asked_names(request: Request, source: Source, store: Store) -> list[str] | None:
+    """The class or caption that each sample was drawn for; None without."""
+    if request.captions is not None:
+        return [request.captions.texts[i] for i in store.read("caption")]
+    if request.classes is not None:
+        return [_class_name(source, i) for i in store.read("class")]
+    return None
 
 
 def _class_name(source: Source, index: int) -> str:

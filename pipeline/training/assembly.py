@@ -1,20 +1,26 @@
 """From a stage's token artifacts to the mixture, the model's config and its description."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 from chainrule.pipeline.artifact import Artifact
 from chainrule.pipeline.config import RequestError, Settings, digest
-from chainrule.pipeline.data.batches import Mixture, joint_vocabulary, mixture_of
+from chainrule.pipeline.data.batches import (
+    Mixture,
+    joint_captions,
+    joint_vocabulary,
+    mixture_of,
+)
 from chainrule.pipeline.data.reader import OnDamage
 from chainrule.pipeline.data.tokens import TokenSet
-from chainrule.pipeline.models.registry import FAMILIES, PRESETS, resolve
+from chainrule.pipeline.models.inputs import has_captions
+from chainrule.pipeline.models.registry import FAMILIES, PRESETS, faults_of, resolve
 
 
 def known_model(spec: str | dict[str, Any]) -> str | dict[str, Any]:
-    """`spec` again; ValueError where its preset or family does not exist, or where it asks for
-    what no token artifact holds."""
+    """`spec` again; ValueError where its preset or family does not exist, where a key of it is
+    wrong by itself, or where it asks for what no token artifact holds."""
     from chainrule.pipeline.config import nearest
 
     name = spec if isinstance(spec, str) else spec.get("preset")
@@ -31,6 +37,9 @@ def known_model(spec: str | dict[str, Any]) -> str | dict[str, Any]:
             f"local_width {spec['local_width']}: token artifacts hold no local features, so that "
             "local conditioning is for use from Python; leave it out"
         )
+    faults = faults_of(spec)
+    if faults:
+        raise ValueError("; ".join(faults))
     return spec
 
 
@@ -60,6 +69,8 @@ def model_config(spec: str | dict[str, Any], sets: Sequence[TokenSet]) -> Settin
     - vocabulary_size: that of the (joint) vocabulary; a larger one that was asked for stays
     - event_shape: the grid, where all sets are grids of one shape
     - classes: their number, where the sets have labels and the family takes a condition
+    - captions: vocabulary_size and length, where the sets have captions and the family takes
+      some; they go before classes that were not asked for
     - bos: the vocabulary's special `bos`, where there is one and the family can start on it
 
     RequestError, one line, where spec and tokens contradict each other.
@@ -96,16 +107,62 @@ def model_config(spec: str | dict[str, Any], sets: Sequence[TokenSet]) -> Settin
             )
     family = _family(spec)
     fields = FAMILIES[family][0].model_fields
-    classes = [tokens.classes for tokens in sets if tokens.classes is not None]
-    if classes and "classes" in fields and "classes" not in asked:
-        filled["classes"] = max(len(names) for names in classes)
+    classes = [len(tokens.classes) for tokens in sets if tokens.classes is not None]
+    wanted = "captions" in fields and asked.get("captions") is not None
+    captions = joint_captions(sets) if "captions" in fields else None
+    if captions is not None and "event_shape" not in filled:
+        if wanted:
+            raise RequestError(
+                "model.captions: a row of tokens holds several samples, since not all of them are "
+                "grids of one shape; leave it out, or set `size` in ingest"
+            )
+        captions = None
+    filled |= condition_settings(asked, fields, max(classes, default=None), captions)
     if "bos" in fields and "bos" not in asked:
-        conditioned = asked.get("classes", filled.get("classes")) is not None
+        conditioned = any(
+            asked.get(name, filled.get(name)) is not None for name in ("classes", "captions")
+        )
         filled["bos"] = None if conditioned else vocabulary.specials.get("bos")
     try:
         return resolve(spec, **filled)
     except ValueError as error:
         raise RequestError(str(error)) from None
+
+
+def condition_settings(
+    asked: dict[str, Any],
+    fields: Container[str],
+    classes: int | None,
+    captions: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """What is filled in of a family's `fields`, where the tokens have so many classes and such
+    captions (TokenSet.captions). Captions go before classes that were not asked for."""
+    wanted = asked.get("captions")
+    unasked = captions is not None and "captions" not in asked and asked.get("classes") is None
+    if "captions" in fields and (wanted is not None or unasked):
+        filled = {"captions": _captions(wanted or {}, captions)}
+        # a preset may have some
+        without = {"classes": None, "class_dropout": 0.0}
+        return filled | {key: value for key, value in without.items() if key not in asked}
+    if classes is not None and "classes" in fields and "classes" not in asked:
+        return {"classes": classes}
+    return {}
+
+
+def _captions(wanted: dict[str, Any], given: dict[str, Any] | None) -> dict[str, Any]:
+    """model.captions: what was asked for, filled in from what the sets have."""
+    if given is None:
+        raise RequestError(
+            "model.captions: the tokens have no captions; set `captions` of ingest's source, or "
+            "leave it out"
+        )
+    least = {"vocabulary_size": given["vocabulary_size"], "length": given["longest"]}
+    for name, value in least.items():
+        if isinstance(wanted, dict) and wanted.get(name, value) < value:
+            raise RequestError(
+                f"model.captions.{name} {wanted[name]}: the captions have {value}; leave it out"
+            )
+    return {**least, **wanted}
 
 
 def _family(spec: str | dict[str, Any]) -> str:
@@ -121,6 +178,7 @@ def describe(
 ) -> dict[str, Any]:
     """`model.json`: what handoff needs to know of the model beside its weights."""
     classes = next((tokens.classes for tokens in sets if tokens.classes is not None), None)
+    captions = joint_captions(sets) if has_captions(config) else None
     modalities = list(dict.fromkeys(tokens.modality for tokens in sets))
     seen = dict.fromkeys((t.tokenizer_kind, t.tokenizer_fingerprint, t.modality) for t in sets)
     tables: dict[str, list[list[int]]] = {}
@@ -133,6 +191,7 @@ def describe(
         "modality": modalities[0] if len(modalities) == 1 else "mixed",
         "grid": list(sets[0].grid) if sets[0].grid is not None and len(sets) == 1 else None,
         "classes": classes if getattr(config, "classes", None) is not None else None,
+        "captions": captions and {name: captions[name] for name in ("kind", "fingerprint")},
         "tokenizers": [
             {
                 "kind": kind,

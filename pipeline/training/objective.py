@@ -10,6 +10,7 @@ from chainrule.pipeline.config import RequestError
 from chainrule.pipeline.data.batches import Batch
 from chainrule.pipeline.models import native
 from chainrule.pipeline.models.contract import Autoregressive
+from chainrule.pipeline.models.inputs import has_captions, is_conditioned
 
 
 class Objective:
@@ -26,7 +27,7 @@ class Objective:
         which keeps logits from drifting. RequestError where the model has no logits.
         """
         self.event_shape = model.event_shape
-        self.conditioned = _conditioned(model)
+        self.config = model.config
         parameters = inspect.signature(type(model).log_prob).parameters
         self.documents = documents and "documents" in parameters
         self.z_loss = z_loss
@@ -40,8 +41,9 @@ class Objective:
     @native.allowed()
     def __call__(self, wrapped: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         arguments: dict[str, Any] = {}
-        if self.conditioned and batch.cond is not None:
-            arguments["cond"] = batch.cond
+        cond = condition_of(batch, self.config)
+        if cond is not None:
+            arguments["cond"] = cond
         if self.documents and batch.documents is not None:
             arguments["documents"] = batch.documents
         x = batch.x
@@ -72,9 +74,11 @@ def initialise_from_data(model: Autoregressive, batch: Batch) -> None:
     initialise = getattr(model, "initialise_from", None)
     if initialise is not None:
         x = batch.x.reshape(-1, *model.event_shape)
-        initialise(x, batch.cond if _conditioned(model) else None)
+        initialise(x, condition_of(batch, model.config))
 
 
-def _conditioned(model: Autoregressive) -> bool:
-    """Whether the model takes classes; the tokens may have some that it does not."""
-    return getattr(model.config, "classes", None) is not None
+def condition_of(batch: Batch, config: Any) -> Tensor | None:
+    """What a model of these settings takes of what the tokens bring: captions, classes, neither."""
+    if has_captions(config):
+        return batch.captions
+    return batch.cond if is_conditioned(config) else None

@@ -26,12 +26,18 @@ def flops_per_element(model: Autoregressive) -> float:
     Transformers: 6N + 12 L d T (Chowdhery et al. 2022, appendix B): N weights that are
     multiplied with (no embedding tables, but the output layer), L layers of width d, T
     elements. The attention term counts the whole square, though causality needs half of it.
-    Others: counted on one event by torch's FlopCounterMode, backward as twice the forward.
+    A caption's tokens are inputs of which nothing is predicted: they are divided among the
+    elements. Others: counted on one event by torch's FlopCounterMode, backward as twice the
+    forward.
     """
     config = model.config
     length = torch.Size(model.event_shape).numel()
     if hasattr(config, "layers") and hasattr(config, "heads"):
-        return 6.0 * multiplied_weights(model) + 12.0 * config.layers * config.width * length
+        inputs = config.inputs
+        head = multiplied_weights(model.head)  # type: ignore[arg-type]
+        weights = multiplied_weights(model) - head
+        of_input = 6.0 * weights + 12.0 * config.layers * config.width * inputs
+        return of_input * inputs / length + 6.0 * head
     device = next(model.parameters()).device
     if getattr(config, "vocabulary_size", None) is None:
         x = torch.zeros(1, *model.event_shape, device=device)
