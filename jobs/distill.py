@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -38,6 +38,7 @@ from chainrule.pipeline.sampling.request import (
 from chainrule.pipeline.sampling.sampler import draw
 from chainrule.pipeline.sampling.store import Layout, Store
 from chainrule.pipeline.stage import Input, Stage, StageFailed
+from chainrule.pipeline.training.assembly import known_model
 from chainrule.pipeline.training.objective import condition_of
 
 INPUTS = {
@@ -67,6 +68,20 @@ class Config(Settings):
         0.5, ge=0, le=1, description="of a batch; the rest are training tokens, where given"
     )
     seed: int = Field(0, ge=0)
+
+    @field_validator("model")
+    @classmethod
+    def _a_known_model(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is not None:
+            known_model(value)
+        return value
+
+    @model_validator(mode="after")
+    def _one_way_to_a_draft(self) -> "Config":
+        if self.layers is not None and self.model is not None:
+            raise ValueError("layers and model: two ways to a draft, give one of them")
+        return self
+
     checkpoint_every: int = runtime(100, ge=1)
     log_every: int = runtime(10, ge=1)
     validation_batches: int = Field(8, ge=1)

@@ -15,12 +15,18 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from chainrule.pipeline.artifact import Artifact, ArtifactError, read_json, require_same
+from chainrule.pipeline.artifact import (
+    Artifact,
+    ArtifactError,
+    LineageError,
+    read_json,
+    require_same,
+)
 from chainrule.pipeline.config import RequestError, Settings
 from chainrule.pipeline.models import folder as model_folder
 from chainrule.pipeline.models.contract import Autoregressive
 from chainrule.pipeline.models.registry import build
-from chainrule.pipeline.stage import Input, Stage
+from chainrule.pipeline.stage import Input, Stage, say
 from chainrule.pipeline.training.checkpoints import (
     Checkpoint,
     average,
@@ -170,9 +176,14 @@ def matching_tokenizers(
         fingerprint = str(artifact.card["fingerprint"])
         if fingerprint not in wanted:
             same_kind = [f for f, e in wanted.items() if e["kind"] == artifact.card["kind"]]
-            expected = (same_kind or list(wanted))[0]
+            if not same_kind:
+                kinds = ", ".join(dict.fromkeys(entry["kind"] for entry in wanted.values()))
+                raise LineageError(
+                    f"{artifact.folder}: a tokenizer of kind {artifact.card['kind']}; "
+                    f"{decoder.folder} was trained with {kinds} alone: leave it out of `tokenizer`"
+                )
             require_same(
-                "tokenizers", expected, str(decoder.folder), fingerprint, str(artifact.folder)
+                "tokenizers", same_kind[0], str(decoder.folder), fingerprint, str(artifact.folder)
             )
         found[fingerprint] = artifact
     return found
@@ -211,6 +222,10 @@ def copy_captions_tokenizer(
         return None
     artifact = given.get(captions["fingerprint"])
     if artifact is None:
+        say(
+            "handoff: no tokenizer of captions among the inputs `tokenizer`: the model will take "
+            "no prompts"
+        )
         return {**captions, "path": None}
     name = "tokenizer-captions"
     _copy(artifact, folder / name)

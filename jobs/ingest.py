@@ -21,6 +21,7 @@ from chainrule.pipeline.config import Settings, runtime
 from chainrule.pipeline.data import sources
 from chainrule.pipeline.data.arrays import Arrays, Idx, SklearnDigits, SklearnTable, Table
 from chainrule.pipeline.data.audio import AudioFolder
+from chainrule.pipeline.data.captions import tidy
 from chainrule.pipeline.data.images import ImageFolder, Sprites
 from chainrule.pipeline.data.shards import (
     SPLITS,
@@ -80,7 +81,7 @@ class Config(Settings):
     def _templates_name_the_class(cls, value: list[str] | None) -> list[str] | None:
         for template in value or []:
             if CLASS not in template:
-                raise ValueError(f"caption_templates: '{template}' has no {CLASS}")
+                raise ValueError(f"'{template}' has no {CLASS}")
         return value
 
 
@@ -186,7 +187,7 @@ def _write(
             members = raw.members
             if config.caption_templates is not None:
                 meta = members["json"]
-                captions = [t.replace(CLASS, meta["class"]) for t in config.caption_templates]
+                captions = [tidy(t.replace(CLASS, meta["class"])) for t in config.caption_templates]
                 members = {**members, "json": {**meta, "captions": captions}}
             shard.write(key_of(i), members, raw_bytes=raw.raw_bytes)
     entry = finished(folder, number)
@@ -216,8 +217,8 @@ def _too_many(
     path = getattr(config.source, "path", None)
     where = f"{path}: {last['where']}" if path is not None else last["where"]
     return StageFailed(
-        f"{where}: {last['reason']}\n{skipped} of {len(source)} {source.what}s could not be used, "
-        f"max_skipped is {config.max_skipped:g}; mend or remove them, or raise max_skipped"
+        f"{where}: {last['reason']}\n{skipped} of {len(source)} {source.what}s could not be used "
+        f"so far, max_skipped is {config.max_skipped:g}; mend or remove them, or raise max_skipped"
     )
 
 

@@ -36,7 +36,7 @@ from chainrule.pipeline.data.reader import Sample, Shards
 from chainrule.pipeline.data.shards import ShardWriter, finish, finished, key_of
 from chainrule.pipeline.data.tokens import OF_ONE_SHAPE
 from chainrule.pipeline.devices import chosen_device
-from chainrule.pipeline.stage import Input, Stage, StageFailed
+from chainrule.pipeline.stage import Input, Stage, StageFailed, say
 from chainrule.tokenizers import interface
 from chainrule.tokenizers.autoencoder import AutoencoderTokenizer
 from chainrule.tokenizers.interface import Tokenizer, TokenizerError
@@ -237,8 +237,8 @@ def _allowed(config: Config, shards: Shards) -> int:
 def _too_many(config: Config, shards: Shards, last: dict[str, Any], skipped: int) -> StageFailed:
     total = _samples(shards)
     return StageFailed(
-        f"{last['where']}: {last['reason']}\n{skipped} of {total} samples could not be used, "
-        f"max_skipped is {config.max_skipped:g}; mend the data, or raise it"
+        f"{last['where']}: {last['reason']}\n{skipped} of {total} samples could not be used so "
+        f"far, max_skipped is {config.max_skipped:g}; mend the data, or raise it"
     )
 
 
@@ -517,6 +517,11 @@ def write_index(config: Config, stage: Stage, shards: Shards, tokenizer: Tokeniz
     if index.get("captions") is not None:
         stage.summary["longest_caption"] = index["captions"]["longest"]
         stage.summary["captions_cut"] = index["captions"]["cut"]
+        if index["captions"]["cut"]:
+            say(
+                f"  {stage.name}: {index['captions']['cut']} captions were cut after "
+                f"{config.caption_tokens} tokens (caption_tokens)"
+            )
     stage.summary["skipped"] = index["skipped"]
     stage.summary["tokenizer_fingerprint"] = tokenizer.fingerprint
 

@@ -38,7 +38,12 @@ def settings(job: str, values: dict[str, Any], overrides: list[str] | None) -> A
         *path, last = name.strip().split(".")
         for key in path:
             target = target.setdefault(key, {})
-        target[last] = yaml.safe_load(raw)
+            if not isinstance(target, dict):
+                raise RequestError(f"--set {override}: '{key}' is {target!r}, without keys below")
+        try:
+            target[last] = yaml.safe_load(raw)
+        except yaml.YAMLError:
+            raise RequestError(f"--set {override}: '{raw}' is no YAML value") from None
     config = job_module(job).Config
     try:
         return config.model_validate(merged)

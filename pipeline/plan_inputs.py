@@ -122,7 +122,8 @@ def assumed(spec: StageSpec, settled: dict[str, Any]) -> list[str]:
         open_still.add("event_shape")
     open_still |= {*settled.get("guessed", ())}
     open_still -= settled.keys() - {*settled.get("guessed", ())}
-    return sorted(open_still - asked.keys())
+    given = {key for key in asked if key != "captions" or asked[key] is None}
+    return sorted(open_still - given)
 
 
 def unsettled(spec: StageSpec, settled: dict[str, Any]) -> dict[str, Any] | None:
@@ -143,7 +144,12 @@ def model_of(spec: StageSpec, settled: dict[str, Any]) -> Any:
     asked = _asked(spec)
     family = asked.get("family") or PRESETS[asked["preset"]]["family"]
     fields = FAMILIES[family][0].model_fields
-    condition = condition_settings(asked, fields, settled.get("classes"), settled.get("captions"))
+    try:
+        condition = condition_settings(
+            asked, fields, settled.get("classes"), settled.get("captions")
+        )
+    except RequestError as error:
+        raise RequestError(f"stage '{spec.name}': {error}") from None
     settled = {
         key: value
         for key, value in settled.items()

@@ -28,5 +28,5 @@ def source_digest(files: list[Path], cache: Path) -> str:
     if seen != known:
         cache.parent.mkdir(parents=True, exist_ok=True)
         write_json(cache, seen)
-    base = os.path.commonpath([str(file.parent) for file in files])
+    base = os.path.commonpath([os.path.abspath(file.parent) for file in files])
     return digest([[os.path.relpath(path, base), entry[2]] for path, entry in seen.items()])

@@ -82,6 +82,8 @@ def test_captions_beside_the_pictures(tmp_path: Path) -> None:
         "source": "001.png",
         "captions": ["a grey square", "grey all over"],
     }
+    (tmp_path / "squares" / "001.txt").rename(tmp_path / "squares" / "001.TXT")
+    assert meta(opened(tmp_path / "squares", "beside"), 1)["captions"][1] == "grey all over"
     (tmp_path / "squares" / "002.txt").unlink()
     (tmp_path / "squares" / "003.txt").write_bytes(b"\xff\xfe")
     (tmp_path / "squares" / "000.txt").write_text(" \n")
@@ -114,9 +116,11 @@ def test_cocos_annotations_in_the_tar_or_on_disk(tmp_path: Path) -> None:
             entry.size = len(data)
             tar.addfile(entry, io.BytesIO(data))
     for where in ("captions/val.json", tmp_path / "val.json"):
-        source = opened(tmp_path / "coco.tar", [where])
+        source = opened(tmp_path / "coco.tar", where if isinstance(where, str) else [where])
         assert meta(source, 1)["captions"] == ["number 1, once", "number 1, twice"]
-        settings = ImageFolder(kind="image-folder", path=tmp_path / "coco.tar", captions=[where])
+        settings = ImageFolder(
+            kind="image-folder", path=tmp_path / "coco.tar", captions=[Path(where)]
+        )
         on_disk = [] if isinstance(where, str) else [tmp_path / "val.json"]
         assert settings.files() == [tmp_path / "coco.tar", *on_disk]
 
@@ -150,24 +154,27 @@ def test_lines_of_file_name_and_text(tmp_path: Path) -> None:
         + "\n"
         + json.dumps({"file_name": "three/y.png", "text": "of another"})
         + "\n"
-        + json.dumps({"file_name": "y.png", "text": None})
+        + json.dumps({"file_name": "y.png", "text": [None, "half \ud83c  an emoji"]})
     )
     source = opened(folder, ["two/metadata.jsonl"])
     assert meta(source, 1)["captions"] == ["a line in two"]
-    for i in (0, 2):
-        with pytest.raises(Unreadable, match="no caption"):
-            source.read(i)
+    assert meta(source, 2)["captions"] == ["half \ufffd an emoji"]
+    with pytest.raises(Unreadable, match="no caption"):
+        source.read(0)
+    of_two.write_text(json.dumps({"file_name": "y.png", "text": None}))
+    with pytest.raises(SourceError, match="holds no caption"):
+        opened(folder, ["two/metadata.jsonl"])
     of_two.unlink()
     for row, words in (
         ({"file_name": "x.png", "text": "which?"}, "'x.png' is the name of 2 pictures"),
-        ({"file": "x.png"}, "not of the form of lines of file_name and text"),
+        ({"file": "x.png"}, r"metadata\.jsonl:1: not of the form of .*no 'text'"),
         ({"file_name": "x.png", "text": 3}, r"not of the form .*3 is no text"),
     ):
         lines.write_text(json.dumps(row))
         with pytest.raises(SourceError, match=words):
             opened(folder, [lines])
     lines.write_text("{")
-    with pytest.raises(SourceError, match=r"metadata\.jsonl: not JSON"):
+    with pytest.raises(SourceError, match=r"metadata\.jsonl:1: not JSON"):
         opened(folder, [lines])
     lines.write_text(json.dumps({"file_name": "elsewhere.png", "text": "x"}))
     with pytest.raises(SourceError, match="no caption is of a picture .*'elsewhere.png'"):
@@ -176,7 +183,7 @@ def test_lines_of_file_name_and_text(tmp_path: Path) -> None:
         opened(folder, [folder / "none.json"])
 
 
-@pytest.mark.parametrize("given", ["besides", [Path("captions.csv")], [], "metadata.jsonl"])
+@pytest.mark.parametrize("given", ["besides", [Path("captions.csv")], [], 3])
 def test_settings_of_captions_that_mean_nothing_are_refused(given: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="captions"):
         ImageFolder(kind="image-folder", path=tmp_path, captions=given)
@@ -551,10 +558,12 @@ def test_a_prompt_on_the_command_line_is_a_caption(
     code, said = run(*asked, "--temperature", "0.5")
     assert code == 0, said
     assert levels_of(Store.open(out)).min() > 180
+    code, said = run("sample", finished / "model", "--prompt", "dark " * 90, "-o", tmp_path / "cut")
+    assert code == 0
+    assert "is cut from" in said
     refused = tmp_path / "refused"
     for more, words in (
-        (["--prompt", "x " * 200], "captions of this model have 1 to"),
-        (["--prompt", ""], "captions of this model have 1 to"),
+        (["--prompt", " \n"], "a caption without words"),
         (["--class", "0"], "trained without classes"),
         (["--set", "guidance=2"], "no caption is asked for; give prompts"),
     ):
@@ -670,5 +679,5 @@ def test_what_a_captioned_model_cannot_do_is_refused(finished: Path, tmp_path: P
     assert source.captioner.fingerprint == source.card["captions"]["fingerprint"]
     from chainrule.pipeline.models.transformers_format import to_transformers
 
-    with pytest.raises(ValueError, match="captions before the start"):
+    with pytest.raises(ValueError, match="which is conditioned on captions"):
         to_transformers(source.model, tmp_path)

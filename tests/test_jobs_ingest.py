@@ -138,8 +138,8 @@ def test_unreadable_pictures_are_named_and_counted(pictures: Path, tmp_path: Pat
         f"{pictures}: b/01.png: damaged: image file is truncated",
     )
     assert second == (
-        "1 of 60 images could not be used, max_skipped is 0.01; mend or remove them, or raise "
-        "max_skipped"
+        "1 of 60 images could not be used so far, max_skipped is 0.01; mend or remove them, or "
+        "raise max_skipped"
     )
     assert not (tmp_path / "strict" / "index.json").exists()
     summary = run(tmp_path / "lax", source=source, max_skipped=0.05)

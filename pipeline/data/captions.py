@@ -12,8 +12,9 @@ only: what names another folder is of no picture here.
 """
 
 import json
+import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,18 +22,27 @@ from chainrule.pipeline.data.sources import SourceError, Tree, Unreadable, tree_
 
 BESIDE, BESIDE_SUFFIX = "beside", ".txt"
 LISTS = (".json", ".jsonl")
+HALF_PAIR = re.compile(r"[\ud800-\udfff]")
 
 
 def check_captions(value: Any) -> Any:
     """`value` again; ValueError where it is neither `beside` nor files of a known form."""
     if value is None or value == BESIDE:
         return value
+    if isinstance(value, str | Path) and Path(value).suffix.lower() in LISTS:
+        return [value]
     if not isinstance(value, list) or not value:
-        raise ValueError(f"captions is {value!r}: write {BESIDE}, or a list of files, [{LISTS[0]}]")
+        raise ValueError(f"write {BESIDE}, or a list of files that end in {' or '.join(LISTS)}")
     for path in map(Path, value):
         if path.suffix.lower() not in LISTS:
-            raise ValueError(f"captions: {path.name} is none of {', '.join(LISTS)}")
+            raise ValueError(f"{path.name} ends neither in {' nor in '.join(LISTS)}")
     return value
+
+
+def tidy(caption: str) -> str:
+    """A caption as models see it: single spaces between words, none around. What is half of a
+    surrogate pair (of text cut in the middle of an emoji) becomes U+FFFD."""
+    return " ".join(HALF_PAIR.sub("\ufffd", caption).split())
 
 
 def caption_files(captions: str | Sequence[Path], root: Path) -> list[Path]:
@@ -49,10 +59,15 @@ class Captions:
 
     def __init__(self, captions: str | Sequence[Path], tree: Tree, names: Sequence[str]) -> None:
         self._tree = tree
-        self._beside = set(tree.names) if captions == BESIDE else None
+        self._beside: dict[str, str] | None = None
         self._of: dict[str, list[str]] = {}
-        if self._beside is not None:
-            if not any(name.lower().endswith(BESIDE_SUFFIX) for name in tree.names):
+        if captions == BESIDE:
+            self._beside = {
+                str(PurePosixPath(name).with_suffix("")): name
+                for name in tree.names
+                if name.lower().endswith(BESIDE_SUFFIX)
+            }
+            if not self._beside:
                 raise SourceError(
                     f"{tree.path}: no {BESIDE_SUFFIX} files; captions: {BESIDE} reads cat.txt "
                     "beside cat.jpg"
@@ -60,21 +75,23 @@ class Captions:
             return
         pictures = _Pictures(names, tree.path)
         found: dict[str, list[str]] = defaultdict(list)
-        unknown = ""
+        unknown = None
         for path in map(Path, captions):
             for file_name, caption in _read(path, tree):
                 name = pictures.find(file_name, path)
-                text = " ".join(caption.split())
+                text = tidy(caption)
                 if name is None:
                     unknown = unknown or file_name
                 elif text:
                     found[name].append(text)
         self._of = dict(found)
-        if not found:
+        if not found and unknown is not None:
             raise SourceError(
                 f"{captions[0]}: no caption is of a picture in {tree.path}; its file names are "
                 f"like '{unknown}', theirs like '{names[0]}'"
             )
+        if not found:
+            raise SourceError(f"{captions[0]}: holds no caption")
 
     def __getitem__(self, name: str) -> list[str]:
         """At least one; Unreadable where there is none."""
@@ -84,14 +101,14 @@ class Captions:
         return captions
 
     def _lines_beside(self, name: str) -> list[str]:
-        text = str(PurePosixPath(name).with_suffix(BESIDE_SUFFIX))
-        if text not in (self._beside or ()):
+        text = (self._beside or {}).get(str(PurePosixPath(name).with_suffix("")))
+        if text is None:
             return []
         try:
             lines = self._tree.read(text).decode("utf-8-sig").split("\n")
         except UnicodeDecodeError:
             raise Unreadable(f"{text}: not UTF-8") from None
-        return [line.strip() for line in lines if line.strip()]
+        return [tidy(line) for line in lines if line.strip()]
 
 
 class _Pictures:
@@ -144,23 +161,34 @@ def _read(path: Path, tree: Tree) -> Iterator[tuple[str, str]]:
     of_lines = path.suffix.lower() == ".jsonl"
     try:
         text = data.decode("utf-8-sig")
-        if of_lines:  # not splitlines: JSON's strings may hold what that takes for ends of lines
-            yield from _lines(json.loads(line) for line in text.split("\n") if line.strip())
-        else:
-            yield from _coco(json.loads(text))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise SourceError(f"{path}: not JSON ({error})") from None
+    except UnicodeDecodeError as error:
+        raise SourceError(f"{path}: not UTF-8 ({error})") from None
+    if not of_lines:
+        yield from _in_form(path, text, _coco, "COCO's captions")
+        return
+    # not splitlines: JSON's strings may hold what that takes for ends of lines
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield from _in_form(f"{path}:{number}", line, _line, '{"file_name": …, "text": …}')
+
+
+def _in_form(
+    where: Path | str, text: str, read: Callable[[Any], Iterator[tuple[str, str]]], form: str
+) -> Iterator[tuple[str, str]]:
+    try:
+        yield from read(json.loads(text))
+    except json.JSONDecodeError as error:
+        raise SourceError(f"{where}: not JSON ({error.msg})") from None
     except (KeyError, TypeError, AttributeError) as error:
-        form = "lines of file_name and text" if of_lines else "COCO's captions"
-        raise SourceError(f"{path}: not of the form of {form} ({error!r})") from None
+        fault = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise SourceError(f"{where}: not of the form of {form} ({fault})") from None
 
 
-def _lines(rows: Iterable[dict[str, Any]]) -> Iterator[tuple[str, str]]:
-    for row in rows:
-        given = row["text"] if "text" in row else row["caption"]
-        for caption in given if isinstance(given, list) else [given]:
-            if caption is not None:
-                yield _text(row["file_name"]), _text(caption)
+def _line(row: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    given = row["caption"] if "caption" in row and "text" not in row else row["text"]
+    for caption in given if isinstance(given, list) else [given]:
+        if caption is not None:
+            yield _text(row["file_name"]), _text(caption)
 
 
 def _coco(content: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -186,7 +186,9 @@ def check_expressible(config: DecoderConfig) -> None:
     if config.head.kind != "categorical":
         faults.append(f"head {config.head.kind}")
     if config.captions is not None:
-        faults.append("captions before the start")
+        raise ValueError(
+            "transformers has no model like this one, which is conditioned on captions"
+        )
     if faults:
         raise ValueError(f"transformers' {config.family} has no {', '.join(dict.fromkeys(faults))}")
 

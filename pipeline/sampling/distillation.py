@@ -63,7 +63,11 @@ def new_draft(
         if spec is not None:
             shared = {k: {**own, **surely}[k] for k in INHERITED if k in own}
             given = {k: v for k, v in shared.items() if k not in spec}
-            return build({**given, **spec}, seed=seed)
+            fresh = build({**given, **spec}, seed=seed)
+            for name in ("captions", "classes"):
+                if own.get(name) is not None and getattr(fresh.config, name, None) is None:
+                    raise ValueError(f"the model takes {name}, so must its draft: leave {name} out")
+            return fresh
         if "layers" not in own:
             raise ValueError(f"family '{own['family']}' has no layers to start from; say `model`")
         chosen = layers if layers is not None else max(1, own["layers"] // 4)

@@ -15,6 +15,7 @@ import torch
 from pydantic import Field, field_validator
 
 from chainrule.pipeline.config import Settings, nearest, runtime
+from chainrule.pipeline.data.captions import tidy
 from chainrule.pipeline.data.vocabulary import Vocabulary
 from chainrule.pipeline.models.contract import Autoregressive
 from chainrule.pipeline.models.inputs import drop_rate, has_captions, is_conditioned
@@ -25,6 +26,7 @@ from chainrule.pipeline.sampling.sampler import Plan, Rules, SamplingError, pack
 from chainrule.pipeline.sampling.speculative import Gamma
 from chainrule.pipeline.sampling.text import StopStrings
 from chainrule.pipeline.sampling.uniforms import sample_seeds
+from chainrule.pipeline.stage import say
 
 
 class Completion(Settings):
@@ -138,16 +140,20 @@ class Captioned:
 
     @classmethod
     def of(cls, texts: Sequence[str], source: Source) -> "Captioned":
-        """SamplingError for a caption that the model cannot take whole."""
+        """As the captions of training were: single spaces, cut where the longest of them end
+        (which is said). SamplingError for one without words."""
         length = source.model.config.captions.length
-        encoded = [tokens.tolist() for tokens in source.captioner.encode(list(texts))]
+        texts = [tidy(text) for text in texts]
+        encoded = [tokens.tolist() for tokens in source.captioner.encode(texts)]
         for text, tokens in zip(texts, encoded, strict=True):
-            if not 0 < len(tokens) <= length:
-                raise SamplingError(
-                    f"prompts: {text!r} is {len(tokens)} tokens; captions of this model have 1 to "
-                    f"{length}"
+            if not tokens:
+                raise SamplingError("prompts: a caption without words; write some, or leave it out")
+            if len(tokens) > length:
+                say(
+                    f"sample: the caption '{text[:40]}…' is cut from {len(tokens)} tokens to "
+                    f"{length}, as many as the longest has that the model learned from"
                 )
-        return cls.of_ids(texts, encoded, source)
+        return cls.of_ids(texts, [tokens[:length] for tokens in encoded], source)
 
     @classmethod
     def beside(cls, begun: Sequence["Beginning"], source: Source) -> "Captioned | None":
