@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from chainrule.pipeline.config import RequestError, digest
+from chainrule.pipeline.whole_file import write_whole
 
 FORMAT = 1
 MANIFEST = "artifact.json"
@@ -42,14 +43,8 @@ class LineageError(RequestError):
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all (temporary file, fsync, rename)."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "w") as file:
-        json.dump(value, file, indent=1, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Write JSON whole or not at all."""
+    write_whole(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -188,6 +183,9 @@ def partial_folder(folder: Path) -> Path:
 def publish(folder: Path, manifest: dict[str, Any]) -> Artifact:
     """Hash what `<folder>.partial` holds, write its manifest, put it in the place of `folder`."""
     partial = partial_folder(folder)
+    for left in partial.rglob(".*.tmp"):  # by a writer that was killed
+        if left.is_file():
+            left.unlink()
     files = []
     for path in sorted(partial.rglob("*")):
         if path.is_file() and path.relative_to(partial).as_posix() not in (MANIFEST, ATTEMPT):

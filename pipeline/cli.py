@@ -394,8 +394,6 @@ def main() -> None:
     code = _main()
     sys.stdout.flush()
     sys.stderr.flush()
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # else the exit code may yet be lost
-        signal.signal(number, signal.SIG_IGN)
     # Nothing is left to do, and engines may abort the interpreter while it is torn down.
     os._exit(code)
 
@@ -413,7 +411,11 @@ def _main() -> int:
     for module in ("cli_model", "cli_bench"):  # they add their commands to `app`
         importlib.import_module(f"chainrule.pipeline.{module}")
     try:
-        result = app(standalone_mode=False)
+        try:
+            result = app(standalone_mode=False)
+        finally:  # from here on a signal would only cost the last words and the exit code
+            for deaf in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+                signal.signal(deaf, signal.SIG_IGN)
         return int(result) if isinstance(result, int) else DONE
     except UsageError as error:
         where = f" ({error.ctx.command_path} --help)" if error.ctx is not None else ""

@@ -26,6 +26,7 @@ from chainrule.pipeline.report_stages import (
     read_stages,
     size_of,
 )
+from chainrule.pipeline.whole_file import write_whole
 
 
 def write_report(root: Path, out: Path | None = None) -> Path:
@@ -41,9 +42,7 @@ def write_report(root: Path, out: Path | None = None) -> Path:
     )
     out = out or root / "report.html"
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(out)
+    write_whole(out, page)
     return out
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from chainrule.pipeline.artifact import Artifact, ArtifactError
 from chainrule.pipeline.heartbeat import beat
 from chainrule.pipeline.progress import Progress
+from chainrule.pipeline.whole_file import write_whole
 
 if TYPE_CHECKING:
     from chainrule.pipeline.tracking import Tracker
@@ -116,9 +117,7 @@ class Stage:
             for line in self._metrics_path.read_text().splitlines(keepends=True)
             if json.loads(line)["step"] <= step
         ]
-        temporary = self._metrics_path.with_suffix(".jsonl.tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(self._metrics_path)
+        write_whole(self._metrics_path, "".join(kept))
 
     def _drop_torn_line(self) -> None:
         if not self._metrics_path.exists():

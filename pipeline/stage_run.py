@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 import subprocess
+import threading
 import time
 import traceback
 import uuid
@@ -30,6 +31,7 @@ from chainrule.pipeline.tracking import Tracker
 
 ATTEMPT_VARIABLE = "CHAINRULE_ATTEMPT"
 PREPARED_WITHIN_S = 120.0
+_NOTING = threading.Lock()
 
 
 def code_version() -> dict[str, str | None]:
@@ -162,7 +164,7 @@ def _attempt(pipeline: Pipeline, spec: StageSpec, stage: Stage, attempt: dict[st
         raise
     finally:
         if stage.is_main:
-            _record_seconds(stage, time.monotonic() - began)
+            _note(stage, seconds=time.monotonic() - began)
             if stage.tracker is not None:
                 summary = stage.summary
                 numbers = {k: float(v) for k, v in summary.items() if isinstance(v, int | float)}
@@ -234,9 +236,8 @@ def _open_inputs(pipeline: Pipeline, spec: StageSpec) -> dict[str, list[Artifact
 def _tracker(pipeline: Pipeline, spec: StageSpec, stage: Stage, attempt: dict[str, Any]) -> Tracker:
     def keep(run_id: str) -> None:
         attempt["mlflow_run_id"] = run_id
-        path = stage.folder / ATTEMPT
-        if path.is_file():
-            write_json(path, {**read_json(path), "mlflow_run_id": run_id})
+        if (stage.folder / ATTEMPT).is_file():  # gone where a slow store answers after the end
+            _note(stage, mlflow_run_id=run_id)
 
     tags = {"chainrule.job": spec.job, "chainrule.fingerprint": stage.fingerprint}
     for role, artifacts in stage.inputs.items():
@@ -276,20 +277,24 @@ def _last_step(stage: Stage) -> int:
     return int(yaml.safe_load(lines[-1])["step"]) if lines else 0
 
 
-def _record_seconds(stage: Stage, seconds: float) -> None:
+def _note(stage: Stage, seconds: float = 0.0, **entries: Any) -> None:
+    """Add to what is known of the attempt; from any thread of the process that holds the stage.
+
+    The tracking store gives its run id on a thread of its own, at any time.
+    """
     path = stage.folder / ATTEMPT
-    attempt = read_json(path)
-    write_json(path, {**attempt, "seconds": attempt["seconds"] + seconds})
+    with _NOTING:
+        attempt = read_json(path)
+        write_json(path, {**attempt, **entries, "seconds": attempt["seconds"] + seconds})
 
 
 def _record_failure(stage: Stage, error: Exception) -> str:
     """Write down why the stage failed; that in one line."""
-    path = stage.folder / ATTEMPT
     lines = str(error).splitlines() or [type(error).__name__]
     expected = isinstance(error, StageFailed | RequestError)
     shown = lines[0] if expected else f"{type(error).__name__}: {lines[0]}"
     failed = {"error": shown, "time": artifact.now(), "traceback": traceback.format_exc()}
-    write_json(path, {**read_json(path), "failed": failed})
+    _note(stage, failed=failed)
     return shown
 
 

@@ -38,6 +38,7 @@ import numpy as np
 
 from chainrule.pipeline.artifact import ArtifactError, read_json, write_json
 from chainrule.pipeline.data.tar import BLOCK, Tar
+from chainrule.pipeline.whole_file import write_whole
 
 FORMAT = 1
 SPLITS = ("train", "validation")
@@ -263,7 +264,7 @@ def finish(
         if splits != sorted(splits):
             raise ArtifactError(f"{folder}: a train shard comes after a validation shard")
         skipped = [line for entry in entries for line in entry.pop("skipped")]
-        _write_text(
+        write_whole(
             folder / "skipped.jsonl",
             "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in skipped),
         )
@@ -288,9 +289,3 @@ def finish(
             path.unlink()
     index = read_json(index_path)
     return dict(index)
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

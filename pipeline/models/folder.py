@@ -8,7 +8,6 @@ adds (vocabulary, tokenizer, lineage, validation figures). Its `fingerprint` is 
 config and the weights: a folder that was altered is refused.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from chainrule.pipeline.models.contract import Autoregressive
 from chainrule.pipeline.models.decoder import Decoder
 from chainrule.pipeline.models.decoder_config import DecoderConfig
 from chainrule.pipeline.models.registry import build, resolve
+from chainrule.pipeline.whole_file import whole
 
 FORMAT = 1
 WEIGHTS = "weights.safetensors"
@@ -156,9 +156,8 @@ def _write_weights(weights: dict[str, Tensor], folder: Path, shard_bytes: int) -
             f"weights-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)
         ]
     for name, shard in zip(names, shards, strict=True):
-        temporary = folder / f".{name}.{os.getpid()}.tmp"
-        save_file(shard, temporary)
-        os.replace(temporary, folder / name)
+        with whole(folder / name) as temporary:
+            save_file(shard, temporary)
     if len(shards) > 1:
         places = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         total = sum(tensor.nbytes for tensor in weights.values())

@@ -1,6 +1,5 @@
 """Samples as files to look at and listen to: contact sheets, WAV files."""
 
-import os
 import re
 import wave
 from collections.abc import Sequence
@@ -8,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from chainrule.pipeline.whole_file import whole
 
 CELL = 64
 """Small pictures are enlarged (whole pixels, nearest) to at least this many on a side."""
@@ -83,17 +84,14 @@ def file_stems(names: Sequence[str]) -> list[str]:
 
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Write a PNG whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    picture.save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with whole(path) as temporary:
+        picture.save(temporary, format="PNG")
 
 
 def save_wav(audio: np.ndarray, sample_rate: int, path: Path) -> None:
     """Write `audio` (T,) int16 as mono WAV, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with wave.open(str(temporary), "wb") as file:
+    with whole(path) as temporary, wave.open(str(temporary), "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(sample_rate)
         file.writeframes(audio.astype("<i2").tobytes())
-    os.replace(temporary, path)

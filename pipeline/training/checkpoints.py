@@ -39,6 +39,7 @@ from torch import Tensor
 
 from chainrule.pipeline.artifact import ArtifactError, read_json, sha256_file, write_json
 from chainrule.pipeline.stage import StageFailed
+from chainrule.pipeline.whole_file import write_whole
 
 FORMAT = 1
 MANIFEST = "checkpoint.json"
@@ -281,9 +282,7 @@ class CheckpointWriter:
         sync_folder(self.folder)
         if aside.exists():
             shutil.rmtree(aside)
-        pointer = self.folder / f".{LATEST}.tmp"
-        pointer.write_text(final.name + "\n")
-        os.replace(pointer, self.folder / LATEST)
+        write_whole(self.folder / LATEST, final.name + "\n")
         self._clean_up(best)
 
     def _clean_up(self, best: int | None) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import Field
 
 from chainrule.pipeline.config import Settings
+from chainrule.pipeline.whole_file import write_whole
 
 
 class FaultSettings(Settings):
@@ -140,9 +141,7 @@ class FaultMonitor:
         if not kept:
             self._path.unlink()
             return
-        temporary = self._path.with_suffix(".jsonl.tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(self._path)
+        write_whole(self._path, "".join(kept))
 
     def _write(self, record: dict[str, Any]) -> None:
         self._lines += 1

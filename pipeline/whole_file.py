@@ -1,0 +1,32 @@
+"""Files that are whole or absent: written beside their place, then renamed into it."""
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`; at the end it takes the place of `path`.
+
+    Where the block raises, what stood at `path` stays and the temporary is removed. Threads
+    and processes may write the same path at a time: the last to end wins, whole. The name
+    begins with a dot and ends in `.tmp`, which readers of folders leave out.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write UTF-8 text whole or not at all; it is on the disk when this returns."""
+    with whole(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
