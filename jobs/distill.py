@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from chainrule.jobs.sample import open_source, token_set
 from chainrule.pipeline.artifact import Artifact
 from chainrule.pipeline.config import RequestError, Settings, result_settings, runtime
-from chainrule.pipeline.data.batches import Mixture, mixture_of, sequential
+from chainrule.pipeline.data.batches import Batch, Mixture, mixture_of, sequential
 from chainrule.pipeline.data.tokens import TokenSet
 from chainrule.pipeline.models import folder as model_folder
 from chainrule.pipeline.models.contract import Autoregressive
@@ -40,6 +40,7 @@ from chainrule.pipeline.sampling.store import Layout, Store
 from chainrule.pipeline.stage import Input, Stage, StageFailed
 from chainrule.pipeline.training.assembly import known_model
 from chainrule.pipeline.training.objective import condition_of
+from chainrule.pipeline.whole_file import whole
 
 INPUTS = {
     "model": Input(("handoff",)),
@@ -68,6 +69,10 @@ class Config(Settings):
         0.5, ge=0, le=1, description="of a batch; the rest are training tokens, where given"
     )
     seed: int = Field(0, ge=0)
+    checkpoint_every: int = runtime(100, ge=1)
+    log_every: int = runtime(10, ge=1)
+    validation_batches: int = Field(8, ge=1)
+    device: str = runtime("auto")
 
     @field_validator("model")
     @classmethod
@@ -81,11 +86,6 @@ class Config(Settings):
         if self.layers is not None and self.model is not None:
             raise ValueError("layers and model: two ways to a draft, give one of them")
         return self
-
-    checkpoint_every: int = runtime(100, ge=1)
-    log_every: int = runtime(10, ge=1)
-    validation_batches: int = Field(8, ge=1)
-    device: str = runtime("auto")
 
 
 def main(config: Config, stage: Stage) -> None:
@@ -173,6 +173,14 @@ class OwnSamples:
         return Rows(x, cond, None, mask)
 
 
+def _rows_of(batch: Batch, model: Autoregressive) -> Rows:
+    """Training tokens as the draft and the model take them."""
+    shape = (len(batch.x), *model.event_shape)
+    mask = None if batch.mask is None else batch.mask.reshape(shape)
+    cond = condition_of(batch, model.config)
+    return Rows(batch.x.reshape(shape), cond, batch.documents, mask)
+
+
 def captions_of(tokens: TokenSet, number: int, source: Source) -> Captioned | None:
     """First captions of so many samples from all over a set, None where they have none."""
     if tokens.captions is None:
@@ -213,15 +221,7 @@ def train(
                 parts += _split(own.rows(step, own_rows), config.micro_batch)
             if data is not None and data_rows:
                 batch = data.batch(step * data_rows, data_rows, step=step).to(source.device)
-                shape = (len(batch.x), *source.model.event_shape)
-                mask = None if batch.mask is None else batch.mask.reshape(shape)
-                rows = Rows(
-                    batch.x.reshape(shape),
-                    condition_of(batch, source.model.config),
-                    batch.documents,
-                    mask,
-                )
-                parts += _split(rows, config.micro_batch)
+                parts += _split(_rows_of(batch, source.model), config.micro_batch)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
             nats, overlap, count = 0.0, 0.0, 0
@@ -277,9 +277,8 @@ def save_state(
         tensors[f"weight/{name}"] = parameter.detach().contiguous()
         for key, value in optimizer.state[parameter].items():
             tensors[f"{key}/{name}"] = value.contiguous()
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata={"step": json.dumps(step)})
-    temporary.replace(path)
+    with whole(path) as temporary:
+        save_file(tensors, temporary, metadata={"step": json.dumps(step)})
 
 
 def restore(path: Path, draft: Autoregressive, optimizer: torch.optim.Optimizer) -> int:
@@ -313,17 +312,7 @@ def validate(
         for number, batch in enumerate(sequential(mixture, config.batch_size)):
             if number == config.validation_batches:
                 break
-            batch = batch.to(source.device)
-            shape = (len(batch.x), *source.model.event_shape)
-            mask = None if batch.mask is None else batch.mask.reshape(shape)
-            parts.append(
-                Rows(
-                    batch.x.reshape(shape),
-                    condition_of(batch, source.model.config),
-                    batch.documents,
-                    mask,
-                )
-            )
+            parts.append(_rows_of(batch.to(source.device), source.model))
         where = "validation"
     else:
         assert own is not None

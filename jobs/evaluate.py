@@ -42,8 +42,8 @@ from chainrule.pipeline.evaluation.factors import Parts
 from chainrule.pipeline.evaluation.figures import Figures
 from chainrule.pipeline.evaluation.frechet import inception
 from chainrule.pipeline.evaluation.held_out import (
+    ConditionKind,
     Encoded,
-    Given,
     HeldOut,
     Stored,
     documents,
@@ -189,7 +189,7 @@ def likelihood(
     tally = Tally(positions=int(tokens.lengths.max()) if as_events else 4096)
     for i, nats in enumerate(parts.samples()):
         tally.add(nats, label_of(tokens.meta(i)) if tokens.classes else None)
-    condition = condition_of(source, tokens)
+    condition = condition_kind(source, tokens)
     given = "" if condition is None else f" given its {condition}"
     windows = None if as_events else (source.elements, _stride(config, source))
     if tokens.vocabulary.continuous:
@@ -262,7 +262,7 @@ def _same_data(tokens: HeldOut, stage: Stage) -> None:
 def _score(
     config: Config, source: Source, tokens: HeldOut, todo: range, as_events: bool
 ) -> Iterator[np.ndarray]:
-    model, given = source.model, condition_of(source, tokens)
+    model, given = source.model, condition_kind(source, tokens)
     if as_events:
         batches = event_batches(tokens, todo, model.event_shape, given, config.batch_size)
         yield from score_events(model, batches)
@@ -275,7 +275,7 @@ def _stride(config: Config, source: Source) -> int:
     return config.stride or max(source.elements // 2, 1)
 
 
-def condition_of(source: Source, tokens: HeldOut) -> Given | None:
+def condition_kind(source: Source, tokens: HeldOut) -> ConditionKind | None:
     """What samples are scored under, if anything: their own class or caption."""
     if has_captions(source.model.config):
         return None if tokens.captions is None else "caption"
@@ -290,7 +290,7 @@ def _figures_of_ensemble(config: Config, source: Source, tokens: HeldOut, figure
         return
     device = next(model.parameters()).device
     nats = 0.0
-    given = condition_of(source, tokens)
+    given = condition_kind(source, tokens)
     for x, cond in event_batches(
         tokens, range(tokens.samples), model.event_shape, given, config.batch_size
     ):

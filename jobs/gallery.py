@@ -20,13 +20,14 @@ import torch
 import yaml
 from PIL import Image
 
-from chainrule.jobs.sample import CAPTIONS, open_source
+from chainrule.jobs.sample import open_source
 from chainrule.pipeline.artifact import MANIFEST, Artifact, ArtifactError, read_json
 from chainrule.pipeline.data.reader import Shards
 from chainrule.pipeline.data.tokens import TokenSet
 from chainrule.pipeline.sampling.memory import copied, nearest
 from chainrule.pipeline.sampling.request import Captioned, Source
-from chainrule.pipeline.sampling.store import Store
+from chainrule.pipeline.sampling.store import CAPTIONS, Store
+from chainrule.pipeline.whole_file import write_whole
 
 TEMPLATE = Path(__file__).parents[1] / "pipeline" / "gallery_template.html"
 SHOWN = 300
@@ -53,9 +54,7 @@ def write_gallery(run: Path, out: Path | None = None) -> Path:
     # "</" would end the script element that holds the data.
     page = page.replace("/*DATA*/null", data.replace("</", "<\\/"))
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(out)
+    write_whole(out, page)
     return out
 
 

@@ -17,28 +17,25 @@ A collapsed codebook is refused before anything is encoded (`minimum_usage`).
 import math
 import tempfile
 import time
-from collections import deque
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import accumulate, chain, islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from pydantic import Field
 
+from chainrule.jobs.token_encoder import CaptionEncoder, Piece, batches_of, encode, encoded
 from chainrule.pipeline.artifact import Artifact, read_json, write_json
 from chainrule.pipeline.config import Settings, runtime
-from chainrule.pipeline.data.reader import Sample, Shards
+from chainrule.pipeline.data.reader import Shards
 from chainrule.pipeline.data.shards import ShardWriter, finish, finished, key_of
 from chainrule.pipeline.data.tokens import OF_ONE_SHAPE
 from chainrule.pipeline.devices import chosen_device
 from chainrule.pipeline.stage import Input, Stage, StageFailed, say
 from chainrule.tokenizers import interface
-from chainrule.tokenizers.autoencoder import AutoencoderTokenizer
 from chainrule.tokenizers.interface import Tokenizer, TokenizerError
 from chainrule.tokenizers.text import SentencePieceTokenizer
 from chainrule.tokenizers.views import Views
@@ -48,11 +45,6 @@ INPUTS: dict[str, Input] = {
     "tokenizer": Input(("train_tokenizer",)),
     "captions": Input(("train_tokenizer",), optional=True),
 }
-
-DECODED_AT_ONCE = 16
-"""Samples that a decoding thread takes at once, at most."""
-PIXELS_AT_ONCE = 1 << 21
-"""Pixels that are encoded at once on a CPU, unless a single batch has more."""
 
 
 class Config(Settings):
@@ -79,22 +71,31 @@ class Config(Settings):
     patience_s: float = runtime(3600.0, gt=0, description="rank 0 waits so long for the others")
 
 
+@dataclass
+class Opened:
+    """The stage's inputs, fit for each other."""
+
+    shards: Shards
+    tokenizer: Tokenizer
+    captions: CaptionEncoder | None
+    """None where the samples have no captions."""
+
+
 def main(config: Config, stage: Stage) -> None:
-    shards, tokenizer = open_inputs(config, stage)
-    encode_shards(config, stage, shards, tokenizer, stage.rank, stage.world_size)
+    opened = open_inputs(config, stage)
+    encode_shards(config, stage, opened, stage.rank, stage.world_size)
     if stage.is_main:
-        wait_for_all(stage.folder, len(shards.entries), config.patience_s)
-        write_index(config, stage, shards, tokenizer)
+        wait_for_all(stage.folder, len(opened.shards.entries), config.patience_s)
+        write_index(config, stage, opened)
 
 
 def part(config: Config, stage: Stage, part: int, parts: int) -> None:
     """One task of an array: its shards and no index. `main`, run after all, writes that."""
-    shards, tokenizer = open_inputs(config, stage)
-    encode_shards(config, stage, shards, tokenizer, part, parts)
+    encode_shards(config, stage, open_inputs(config, stage), part, parts)
 
 
-def open_inputs(config: Config, stage: Stage) -> tuple[Shards, Tokenizer]:
-    """The raw shards and the tokenizer, fit for each other; StageFailed, TokenizerError."""
+def open_inputs(config: Config, stage: Stage) -> Opened:
+    """The raw shards and the tokenizers; StageFailed where they are not fit for each other."""
     raw, folder = stage.input("data"), stage.input("tokenizer").folder
     shards = Shards.open(raw.folder)
     device = chosen_device(config.device)
@@ -123,49 +124,31 @@ def open_inputs(config: Config, stage: Stage) -> tuple[Shards, Tokenizer]:
             "train it with a smaller codebook_size, longer, or with quantizer ema or fsq; "
             "or run with --accept-collapsed (accept_collapsed: true)"
         )
-    return shards, tokenizer
+    return Opened(shards, tokenizer, _caption_encoder(config, stage, shards))
 
 
-class CaptionEncoder:
-    """Captions as lists of token ids, cut to `most`."""
-
-    def __init__(self, tokenizer: Tokenizer, most: int) -> None:
-        self.tokenizer, self.most = tokenizer, most
-        self.longest = self.cut = 0
-        """Tokens of the longest caption; captions that were cut."""
-
-    @classmethod
-    def open(cls, config: Config, stage: Stage, shards: Shards) -> "CaptionEncoder | None":
-        """None where the samples have no captions. StageFailed where tokenizer and captions do
-        not come together."""
-        given, raw = stage.optional("captions"), stage.input("data").folder
-        if given is None and not shards.captioned:
-            return None
-        if given is None:
-            raise StageFailed(
-                f"{raw}: holds captions: give the stage a tokenizer of text as its input "
-                "`captions`, or ingest without them"
-            )
-        if not shards.captioned:
-            raise StageFailed(
-                f"{raw}: holds no captions, the stage has a tokenizer for them ({given.folder}); "
-                "set `captions` of ingest's source, or drop the input"
-            )
-        try:
-            tokenizer = interface.load(given.folder)
-        except TokenizerError as error:
-            raise StageFailed(str(error)) from None
-        if tokenizer.modality != "text":
-            raise StageFailed(
-                f"{given.folder}: a tokenizer of {tokenizer.modality}; captions are text"
-            )
-        return cls(tokenizer, config.caption_tokens)
-
-    def __call__(self, captions: Sequence[str]) -> list[list[int]]:
-        encoded = [ids.tolist() for ids in self.tokenizer.encode(list(captions))]
-        self.cut += sum(len(ids) > self.most for ids in encoded)
-        self.longest = max(self.longest, *(min(len(ids), self.most) for ids in encoded))
-        return [ids[: self.most] for ids in encoded]
+def _caption_encoder(config: Config, stage: Stage, shards: Shards) -> CaptionEncoder | None:
+    """StageFailed where captions and a tokenizer for them do not come together."""
+    given, raw = stage.optional("captions"), stage.input("data").folder
+    if given is None and not shards.captioned:
+        return None
+    if given is None:
+        raise StageFailed(
+            f"{raw}: holds captions: give the stage a tokenizer of text as its input "
+            "`captions`, or ingest without them"
+        )
+    if not shards.captioned:
+        raise StageFailed(
+            f"{raw}: holds no captions, the stage has a tokenizer for them ({given.folder}); "
+            "set `captions` of ingest's source, or drop the input"
+        )
+    try:
+        tokenizer = interface.load(given.folder)
+    except TokenizerError as error:
+        raise StageFailed(str(error)) from None
+    if tokenizer.modality != "text":
+        raise StageFailed(f"{given.folder}: a tokenizer of {tokenizer.modality}; captions are text")
+    return CaptionEncoder(tokenizer, config.caption_tokens)
 
 
 def _use_gigatoken(shards: Shards, tokenizer: Tokenizer, folder: Path, sample: int = 100) -> None:
@@ -195,24 +178,18 @@ def _require_rate(data: Path, shards: Shards, folder: Path, tokenizer: Tokenizer
 # --- encoding ---------------------------------------------------------------------------
 
 
-def encode_shards(
-    config: Config, stage: Stage, shards: Shards, tokenizer: Tokenizer, part: int, parts: int
-) -> None:
+def encode_shards(config: Config, stage: Stage, opened: Opened, part: int, parts: int) -> None:
     """Encode every shard of this part (`part` of `parts`) that is not whole yet."""
+    shards = opened.shards
     mine = range(part, len(shards.entries), parts)
     allowed = _allowed(config, shards)
-    captions = CaptionEncoder.open(config, stage, shards)
     skipped = tokens = encoded = 0
     began = time.monotonic()
     with stage.progress(sum(shards.entries[i]["samples"] for i in mine), "samples") as progress:
         for number in mine:
             entry = finished(stage.folder, number)
             if entry is None:
-                if captions is not None:
-                    captions.longest = captions.cut = 0  # of a shard
-                entry = _encode_shard(
-                    config, stage.folder, shards, tokenizer, captions, number, allowed
-                )
+                entry = _encode_shard(config, stage.folder, opened, number, allowed)
                 encoded += entry["samples"]
                 tokens += entry["tokens"]
             skipped += len(entry["skipped"])
@@ -242,42 +219,25 @@ def _too_many(config: Config, shards: Shards, last: dict[str, Any], skipped: int
     )
 
 
-@dataclass
-class Piece:
-    """One sample to write: its key's number, what it holds, or why it cannot be used."""
-
-    number: int
-    where: str
-    meta: dict[str, Any]
-    raw_bytes: int
-    raw: Any
-    fault: str | None = None
-
-
 def _encode_shard(
-    config: Config,
-    folder: Path,
-    shards: Shards,
-    tokenizer: Tokenizer,
-    captions: CaptionEncoder | None,
-    number: int,
-    allowed: int,
+    config: Config, folder: Path, opened: Opened, number: int, allowed: int
 ) -> dict[str, Any]:
     """Write token shard `number`; its entry. Batches begin anew in each shard.
 
-    Three things go on at once: raw samples are read and decoded (threads), the batches before
-    them are encoded (see `_side_by_side`), and the one before those is written (here).
+    While a batch is written here, the next are decoded and encoded (token_encoder.py).
     """
+    shards, tokenizer, captions = opened.shards, opened.tokenizer, opened.captions
     modality = shards.modality
     eos = tokenizer.vocabulary["specials"].get("eos") if modality == "text" else None
     shapes: set[tuple[int, ...]] = set()
+    longest = cut = 0  # of the captions
     with (
         ShardWriter(folder, number, shards.entries[number]["split"]) as writer,
-        closing(_pieces(shards, number, config)) as batches,
-        closing(_encoded(tokenizer, batches)) as done,
+        closing(_batches(config, shards, number)) as batches,
+        closing(encoded(tokenizer, batches)) as done,
     ):
-        for pieces, encoded in done:
-            for piece, tokens in zip(pieces, encoded, strict=True):
+        for pieces, of_pieces in done:
+            for piece, tokens in zip(pieces, of_pieces, strict=True):
                 if tokens is None:
                     last = writer.skip("sample", piece.where, str(piece.fault))
                     continue
@@ -286,7 +246,9 @@ def _encode_shard(
                     tokens = np.append(tokens, np.array(eos, tokens.dtype))
                 meta = piece.meta
                 if captions is not None:
-                    meta = {**meta, "caption_ids": captions(meta["captions"])}
+                    ids, shortened = captions(meta["captions"])
+                    longest, cut = max(longest, *map(len, ids)), cut + shortened
+                    meta = {**meta, "caption_ids": ids}
                 members = {"tokens.npy": tokens, "json": meta}
                 writer.write(key_of(piece.number), members, tokens.size, piece.raw_bytes)
             if writer.skipped > allowed:  # inside the `with`: the cut shard is dropped
@@ -295,121 +257,15 @@ def _encode_shard(
         if modality in OF_ONE_SHAPE:
             found: dict[str, Any] = {"shapes": sorted(map(list, shapes))}
             if captions is not None:
-                found |= {"longest_caption": captions.longest, "captions_cut": captions.cut}
+                found |= {"longest_caption": longest, "captions_cut": cut}
             write_json(_found_path(folder, number), found)
     entry = finished(folder, number)
     assert entry is not None, f"shard {number} vanished from {folder}"
     return entry
 
 
-def _encoded(
-    tokenizer: Tokenizer, batches: Iterator[list[Piece]]
-) -> Generator[tuple[Sequence[Piece], list[np.ndarray | None]], None, None]:
-    """Batches and their tokens, in order; the next are being encoded while one is given out."""
-    first = next(batches, None)
-    if first is None:
-        return
-    before = torch.get_num_threads()
-    together = _side_by_side(tokenizer, first, before)
-    threads = max(1, before // together)
-    pool = ThreadPoolExecutor(together, "encode", torch.set_num_threads, (threads,))
-    pending: deque[tuple[int, Future[Any]]] = deque()
-    try:
-        with pool:
-            for batch in chain([first], batches):
-                pixels = _pixels(batch) if together > 1 else 0
-                while pending and (
-                    len(pending) > together
-                    or pixels + sum(size for size, _ in pending) > PIXELS_AT_ONCE
-                ):
-                    yield pending.popleft()[1].result()
-                pending.append((pixels, pool.submit(_encode, tokenizer, batch)))
-            while pending:
-                yield pending.popleft()[1].result()
-    finally:
-        torch.set_num_threads(before)  # what a thread of the pool set, others begin with
-
-
-def _side_by_side(tokenizer: Tokenizer, batch: Sequence[Piece], threads: int) -> int:
-    """How many batches are encoded at once, each with its share of the threads.
-
-    On a CPU a thread a batch is faster than all of them on one, and leaves room for those that
-    decode; but each batch holds its activations, so that large ones go one by one.
-    """
-    if not isinstance(tokenizer, AutoencoderTokenizer) or tokenizer.device.type != "cpu":
-        return 1
-    pixels = _pixels(batch)
-    return max(1, min(threads, PIXELS_AT_ONCE // pixels)) if pixels else 1
-
-
-def _pixels(batch: Sequence[Piece]) -> int:
-    return sum(piece.raw.shape[0] * piece.raw.shape[1] for piece in batch if piece.fault is None)
-
-
-def _pieces(shards: Shards, number: int, config: Config) -> Generator[list[Piece], None, None]:
-    """What a shard's samples are made into, decoded, in batches."""
-    modality, split = shards.modality, shards.entries[number]["split"]
-    views = config.views.count(split) if config.views is not None else 1
-
-    def decode(sample: Sample) -> list[Piece]:
-        first, where = int(sample.key) * views, str(sample.meta.get("source", sample.key))
-        raw_bytes = len(sample.members["txt"]) if modality == "text" else 0
-        meta = {**sample.meta, "bytes": raw_bytes} if modality == "text" else sample.meta
-        try:
-            raw = sample.raw(modality)
-            if config.views is None:
-                return [Piece(first, where, meta, raw_bytes, raw)]
-            return [
-                Piece(first + i, where, {**meta, **done}, raw_bytes, view)
-                for i, (done, view) in enumerate(config.views.of(raw, split))
-            ]
-        except (OSError, ValueError, KeyError, SyntaxError) as error:
-            fault = str(error) if isinstance(error, TokenizerError) else repr(error)
-            return [Piece(first, where, meta, raw_bytes, None, fault)]
-
-    def decode_some(some: list[Sample]) -> list[Piece]:
-        return [piece for sample in some for piece in decode(sample)]
-
-    # several samples a task: handing one over costs as much as decoding a small picture
-    at_once = max(1, min(DECODED_AT_ONCE, config.batch_size // config.workers))
-    batch: list[Piece] = []
-    with ThreadPoolExecutor(config.workers, "decode") as pool:
-        pending: deque[Future[list[Piece]]] = deque()
-        samples = shards.iterate_shard(number)
-        while True:
-            while len(pending) * at_once < 2 * config.batch_size:
-                some = list(islice(samples, at_once))
-                if not some:
-                    break
-                pending.append(pool.submit(decode_some, some))
-            if not pending:
-                break
-            batch += pending.popleft().result()
-            while len(batch) >= config.batch_size:
-                yield batch[: config.batch_size]
-                batch = batch[config.batch_size :]
-    if batch:
-        yield batch
-
-
-def _encode(
-    tokenizer: Tokenizer, pieces: Sequence[Piece]
-) -> tuple[Sequence[Piece], list[np.ndarray | None]]:
-    """Tokens of each piece; None for one that cannot be used, whose fault is then set."""
-    usable = [piece for piece in pieces if piece.fault is None]
-    try:
-        tokens = iter(tokenizer.encode([piece.raw for piece in usable]))
-        return pieces, [next(tokens) if piece.fault is None else None for piece in pieces]
-    except TokenizerError:
-        # one of them is at fault: find which, and keep the rest
-        encoded: list[np.ndarray | None] = []
-        for piece in pieces:
-            try:
-                encoded.append(None if piece.fault else tokenizer.encode([piece.raw])[0])
-            except TokenizerError as error:
-                piece.fault = str(error)
-                encoded.append(None)
-        return pieces, encoded
+def _batches(config: Config, shards: Shards, number: int) -> Generator[list[Piece], None, None]:
+    return batches_of(shards, number, config.batch_size, config.workers, config.views)
 
 
 # --- the index --------------------------------------------------------------------------
@@ -475,11 +331,11 @@ def _require_few_skipped(config: Config, folder: Path, shards: Shards) -> None:
         raise _too_many(config, shards, skipped[-1], len(skipped))
 
 
-def write_index(config: Config, stage: Stage, shards: Shards, tokenizer: Tokenizer) -> None:
+def write_index(config: Config, stage: Stage, opened: Opened) -> None:
     """Gather the shards into index.json; StageFailed where a count is not the input's."""
+    shards, tokenizer = opened.shards, opened.tokenizer
     _require_few_skipped(config, stage.folder, shards)
-    captions = CaptionEncoder.open(config, stage, shards)
-    grid, of_captions = _gathered(stage.folder, shards, captions)
+    grid, of_captions = _gathered(stage.folder, shards, opened.captions)
     index = finish(
         stage.folder,
         kind="tokens",
@@ -540,26 +396,27 @@ def bench(
     speeds: dict[str, list[float]] = {"bare": [], "job": []}
     with tempfile.TemporaryDirectory() as top:
         stage = Stage("bench", "", "pretokenize", Path(top), "", inputs)
-        shards, encoder = open_inputs(config, stage)
+        opened = open_inputs(config, stage)
+        shards = opened.shards
         counts = [0, *accumulate(entry["samples"] for entry in shards.entries)]
         enough = next((i for i, n in enumerate(counts) if n >= samples), len(counts) - 1)
         del shards.entries[enough:]
         batches = [
             [piece for piece in batch if piece.fault is None]
             for number in range(enough)
-            for batch in _pieces(shards, number, config)
+            for batch in _batches(config, shards, number)
         ]
         ready = sum(map(len, batches))
-        _encode(encoder, batches[0])  # what is loaded or built at the first call
+        encode(opened.tokenizer, batches[0])  # what is loaded or built at the first call
         for turn in range(rounds):
             began = time.perf_counter()
             for batch in batches:
-                _encode(encoder, batch)
+                encode(opened.tokenizer, batch)
             speeds["bare"].append(ready / (time.perf_counter() - began))
             stage.folder = Path(top) / str(turn)
             stage.folder.mkdir()
             began = time.perf_counter()
-            encode_shards(config, stage, shards, encoder, 0, 1)
+            encode_shards(config, stage, opened, 0, 1)
             speeds["job"].append(ready / (time.perf_counter() - began))
     bare, job = (float(np.median(speeds[name])) for name in ("bare", "job"))
     return [{"samples": ready, "bare/s": bare, "job/s": job, "job/bare": job / bare}]

@@ -41,7 +41,7 @@ from chainrule.pipeline.sampling.request import (
 from chainrule.pipeline.sampling.sampler import Drawn, SamplingError, draw, same_in_any_batch
 from chainrule.pipeline.sampling.show import decoded, show
 from chainrule.pipeline.sampling.speculative import Statistics, speculate
-from chainrule.pipeline.sampling.store import Layout, Store
+from chainrule.pipeline.sampling.store import CAPTIONS, Layout, Store
 from chainrule.pipeline.sampling.uniforms import sample_seeds
 from chainrule.pipeline.stage import Input, Stage, say
 
@@ -57,8 +57,6 @@ INPUTS = {
     "tokens": Input(("pretokenize",), optional=True),
 }
 
-CAPTIONS = "captions.json"
-"""What the store's array `caption` counts: the texts asked for, in order."""
 LOSS_MEASURED_ON = 64
 """Samples on which the loss of int8 weights is measured."""
 

@@ -83,14 +83,13 @@ def resolve(model: Path, runs: Path = Path("runs")) -> Path:
     if not name.startswith(SCHEME):
         below = runs / model
         folder = below if not model.exists() and (below / CARD).is_file() else model
+        if any((folder / file).is_file() for file in (CARD, THEIRS)):
+            return folder
+        fault = "no such folder"
+        if folder.is_dir():
+            fault = f"no model there: neither {CARD} nor, of transformers, {THEIRS}"
         likely = nearest("/".join(model.parts[-2:]), _handed_off(runs))
-        if not folder.is_dir():
-            raise RequestError(f"{name}: no such folder{likely}")
-        if not any((folder / file).is_file() for file in (CARD, THEIRS)):
-            raise RequestError(
-                f"{name}: no model there: neither {CARD} nor, of transformers, {THEIRS}{likely}"
-            )
-        return folder
+        raise RequestError(f"{name}: {fault}{likely}")
     from mlflow.exceptions import MlflowException
 
     wanted = name.removeprefix(SCHEME)

@@ -27,7 +27,8 @@ def from_tokens(pipeline: Pipeline, spec: StageSpec) -> dict[str, Any]:
     """What the token stages settle of a model: from their index, else from their settings."""
     settled: dict[str, Any] = {}
     sizes: list[int | None] = []
-    grids: set[tuple[int, ...] | str | None] = set()
+    shapes: set[tuple[int, ...]] = set()
+    whole = True  # every sample is a row, as far as is known
     captions: list[dict[str, Any]] = []
     real = False
     for name in spec.inputs.get("tokens", []):
@@ -36,9 +37,10 @@ def from_tokens(pipeline: Pipeline, spec: StageSpec) -> dict[str, Any]:
             sizes.append(index["vocabulary"]["size"])
             real = real or not sizes[-1]
             settled["image"] = index["modality"] == "image"
-            grids.add(tuple(index["grid"]) if index["grid"] else None)
+            whole = whole and bool(index["grid"])
             if index["grid"]:
                 settled["event_shape"] = tuple(index["grid"])
+                shapes.add(settled["event_shape"])
             if index["classes"]:
                 settled["classes"] = len(index["classes"])
             if index.get("captions"):
@@ -47,11 +49,13 @@ def from_tokens(pipeline: Pipeline, spec: StageSpec) -> dict[str, Any]:
             foreseen = _foreseen(pipeline, pipeline.stages[name])
             sizes.append(foreseen.pop("vocabulary_size", None))
             real = real or foreseen.pop("real", False)
-            unknown = "pictures of one size, it is hoped" if foreseen.get("image") else None
-            grids.add(foreseen.get("event_shape", unknown))
-            captions += [foreseen.pop("captions")] if "captions" in foreseen else []
+            whole = whole and foreseen.get("image", False)
+            if "event_shape" in foreseen:
+                shapes.add(foreseen["event_shape"])
+            if "captions" in foreseen:
+                captions.append(foreseen.pop("captions"))
             settled |= foreseen
-    if captions and len(grids) == 1 and None not in grids:
+    if captions and whole and len(shapes) <= 1:
         longest = max(given["longest"] for given in captions)
         settled["captions"] = {**captions[0], "longest": longest}
     if real:
@@ -120,8 +124,7 @@ def assumed(spec: StageSpec, settled: dict[str, Any]) -> list[str]:
     open_still = {"vocabulary_size"}
     if settled.get("image") and "context" not in asked:
         open_still.add("event_shape")
-    open_still |= {*settled.get("guessed", ())}
-    open_still -= settled.keys() - {*settled.get("guessed", ())}
+    open_still = (open_still - settled.keys()) | {*settled.get("guessed", ())}
     given = {key for key in asked if key != "captions" or asked[key] is None}
     return sorted(open_still - given)
 

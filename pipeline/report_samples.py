@@ -15,6 +15,7 @@ from chainrule.pipeline.report_html import (
     words,
 )
 from chainrule.pipeline.report_stages import StageView
+from chainrule.pipeline.sampling.store import CAPTIONS
 
 PICTURES_A_CLASS = 12
 CLASSES_SHOWN = 40
@@ -75,7 +76,7 @@ def _drawn(stage: StageView, stages: list[StageView]) -> str:
     if by == "class":
         names = class_names(stage, stages)
     else:
-        names = [str(text) for text in stage.json("captions.json") or []]
+        names = [str(text) for text in stage.json(CAPTIONS) or []]
     rows = []
     classes = sorted({int(c) for c in asked})
     for label in classes[:CLASSES_SHOWN]:

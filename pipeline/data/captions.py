@@ -49,7 +49,7 @@ def caption_files(captions: str | Sequence[Path], root: Path) -> list[Path]:
     """Files that decide the captions, those in a tar left out; SourceError for a missing one."""
     if captions == BESIDE:
         return [] if root.is_file() else tree_files(root, (BESIDE_SUFFIX,))
-    tree = Tree(root, LISTS, required=False)
+    tree = Tree(root, LISTS, required=())
     found = (_on_disk(path, tree) for path in map(Path, captions))
     return [path for path in found if path is not None]
 
@@ -64,8 +64,7 @@ class Captions:
         if captions == BESIDE:
             self._beside = {
                 str(PurePosixPath(name).with_suffix("")): name
-                for name in tree.names
-                if name.lower().endswith(BESIDE_SUFFIX)
+                for name in tree.ending((BESIDE_SUFFIX,))
             }
             if not self._beside:
                 raise SourceError(

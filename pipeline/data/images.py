@@ -170,10 +170,8 @@ class _PictureFiles(Source):
     def __init__(self, settings: ImageFolder) -> None:
         self._settings = settings
         texts = () if settings.captions is None else (BESIDE_SUFFIX, *LISTS)
-        self._tree = Tree(settings.path, (*SUFFIXES, *texts))
-        self._tree.require(SUFFIXES, len(self._tree.names))
-        names = [name for name in self._tree.names if name.lower().endswith(SUFFIXES)]
-        self._names = names
+        self._tree = Tree(settings.path, (*SUFFIXES, *texts), required=SUFFIXES)
+        self._names = names = self._tree.ending(SUFFIXES)
         self._splits: list[str] | None = None
         if settings.splits is not None:
             pairs = split_folders(names, dict(settings.splits), settings.path)

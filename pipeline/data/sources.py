@@ -111,10 +111,13 @@ class Tree:
     Hidden files and folders are left out. A compressed tar is held in memory, unpacked.
     """
 
-    def __init__(self, path: Path, suffixes: Iterable[str], required: bool = True) -> None:
-        """SourceError where there is no such file, unless they are not `required`."""
+    def __init__(
+        self, path: Path, suffixes: Iterable[str], required: Sequence[str] | None = None
+    ) -> None:
+        """SourceError where no file ends in one of `required` (default: of `suffixes`)."""
         self.path = path
         wanted = tuple(suffix.lower() for suffix in suffixes)
+        required = wanted if required is None else required
         if path.is_dir():
             found = list(_below(path))
         elif path.is_file() and path.name.endswith(ARCHIVES):
@@ -125,16 +128,15 @@ class Tree:
         else:
             raise SourceError(f"{path}: no such file or folder")
         self.names = sorted(name for name in found if name.lower().endswith(wanted))
-        if required:
-            self.require(wanted, len(found))
-
-    def require(self, suffixes: Sequence[str], of: int) -> None:
-        """SourceError where none of the names, of so many files, ends so."""
-        if not any(name.lower().endswith(tuple(suffixes)) for name in self.names):
+        if required and not self.ending(required):
             raise SourceError(
-                f"{self.path}: no files that end in {', '.join(suffixes)}"
-                + (f" (of {of} files)" if of else ": the folder is empty")
+                f"{path}: no files that end in {', '.join(required)}"
+                + (f" (of {len(found)} files)" if found else ": the folder is empty")
             )
+
+    def ending(self, suffixes: Sequence[str]) -> list[str]:
+        """The names that end in one of these."""
+        return [name for name in self.names if name.lower().endswith(tuple(suffixes))]
 
     def read(self, name: str) -> bytes:
         """Content of a file. Unreadable where the system refuses."""

@@ -20,7 +20,7 @@ from chainrule.pipeline.data.vocabulary import Vocabulary
 OF_ONE_SHAPE = ("image", "table")
 """Modalities whose samples have a shape, the same for all of a set if it is to be a grid."""
 LARGE = 1 << 16  # bytes; of a longer sample a piece alone is read, once the whole was checked
-Given = tuple[int | None, list[np.ndarray] | None]
+Conditions = tuple[int | None, list[np.ndarray] | None]
 """A sample's class, and the token ids of each of its captions."""
 OVERHEAD = 112  # bytes of an array beside its numbers
 CACHE = 1 << 28  # bytes of tokens that a set keeps in memory once they were read
@@ -50,8 +50,8 @@ class TokenSet:
         vocabulary_size, and the length of the `longest`; None where there are no captions."""
         self.modality = shards.modality
         self.raw_bytes = int(index["raw_bytes"][split])
-        self._large: dict[int, tuple[int, np.dtype[Any], Given]] = {}
-        self._held: dict[int, tuple[np.ndarray, Given]] = {}
+        self._large: dict[int, tuple[int, np.dtype[Any], Conditions]] = {}
+        self._held: dict[int, tuple[np.ndarray, Conditions]] = {}
         self._held_bytes = 0
         self._lock = threading.Lock()
         self.tokens = sum(shards.entries[n]["tokens"] for n in shards.numbers(split))
@@ -146,7 +146,7 @@ class TokenSet:
             )
         return tokens
 
-    def given(self, meta: dict[str, Any]) -> Given:
+    def conditions(self, meta: dict[str, Any]) -> Conditions:
         """What a model can be told of the sample that has this metadata."""
         label = meta.get("label") if self.classes is not None else None
         if self.captions is None:
@@ -183,7 +183,7 @@ class TokenSet:
                 f"{self.shards.folder}: sample {sample.key} has {len(flat)} tokens, its offsets "
                 f"promise {stop}; pretokenize again"
             )
-        given = self.given(sample.meta)
+        given = self.conditions(sample.meta)
         held_bytes = flat.nbytes + sum(ids.nbytes + OVERHEAD for ids in given[1] or ())
         with self._lock:
             if self._held_bytes + held_bytes <= CACHE:

@@ -17,6 +17,7 @@ from chainrule.pipeline.artifact import read_json
 from chainrule.pipeline.data.reader import Shards
 from chainrule.pipeline.evaluation.figures import Figures
 from chainrule.pipeline.evaluation.held_out import labelled_images
+from chainrule.pipeline.sampling.store import CAPTIONS
 from chainrule.pipeline.stage import StageFailed, say
 
 
@@ -74,7 +75,7 @@ def _asked(samples: Path, store: Any, shards: Shards) -> npt.NDArray[np.int64] |
     if not shards.classes:
         raise NoClasses("the real pictures have no classes")
     of_caption = []
-    for caption in read_json(samples / "captions.json"):
+    for caption in read_json(samples / CAPTIONS):
         named = [name for name in shards.classes if _words(name) in _words(caption)]
         # "cat tree" names no cat
         named = [a for a in named if not any(_words(a) in _words(b) for b in named if a != b)]

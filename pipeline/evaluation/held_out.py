@@ -32,7 +32,7 @@ class Encoded:
     ) -> None:
         """With `limit`, that many samples from all over the split; the same for `Stored`.
 
-        `captioner` makes tokens of captions, the first `caption_tokens` of each."""
+        `captioner` makes `caption_tokens` tokens at most of a sample's first caption."""
         self.shards, self.tokenizer, self.split = shards, tokenizer, split
         self.chosen = shards.spread(split, limit)
         self.samples = len(self.chosen)
@@ -54,7 +54,11 @@ class Encoded:
     def __getitem__(self, i: int) -> tuple[np.ndarray, dict[str, Any]]:
         sample = self.shards.read(self.split, self.chosen[i])
         assert sample is not None  # shards opened to stop at damage raise instead
-        return self.encode(sample.raw(self.modality)), self.meta(i)
+        meta = self.meta(i)
+        if self.captioner is not None and self.captions is not None:
+            [ids] = self.captioner.encode(meta["captions"][:1])
+            meta["caption_ids"] = [ids[: self.captions["longest"]].tolist()]
+        return self.encode(sample.raw(self.modality)), meta
 
     def meta(self, i: int) -> dict[str, Any]:
         sample = self.shards.read(self.split, self.chosen[i])
@@ -62,10 +66,6 @@ class Encoded:
         meta = dict(sample.meta)
         if self.modality == "text":
             meta["bytes"] = len(sample.members["txt"])
-        if self.captioner is not None and self.captions is not None:
-            most = self.captions["longest"]
-            encoded = self.captioner.encode(meta["captions"])
-            meta["caption_ids"] = [ids[:most].tolist() for ids in encoded]
         return meta
 
     def encode(self, raw: Any) -> np.ndarray:
@@ -119,7 +119,7 @@ class Stored:
 
 
 HeldOut = Encoded | Stored
-Given = Literal["class", "caption"]
+ConditionKind = Literal["class", "caption"]
 """What a model is told of a sample that it scores."""
 
 
@@ -127,7 +127,7 @@ def event_batches(
     tokens: HeldOut,
     todo: range,
     event_shape: tuple[int, ...],
-    given: Given | None,
+    given: ConditionKind | None,
     batch_size: int,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
     """(B, *event_shape) tokens and what they are given: (B,) classes, or (B, n) captions (the
@@ -143,7 +143,7 @@ def event_batches(
 
 
 def documents(
-    tokens: HeldOut, todo: range, given: Given | None
+    tokens: HeldOut, todo: range, given: ConditionKind | None
 ) -> Iterator[tuple[np.ndarray, int | None]]:
     """(t,) tokens of each document and, for a model with classes, its own."""
     for i in todo:
@@ -151,7 +151,7 @@ def documents(
         yield document.ravel(), label_of(meta) if given is not None else None
 
 
-def conditions(tokens: HeldOut, metas: Sequence[dict[str, Any]], of: Given) -> np.ndarray:
+def conditions(tokens: HeldOut, metas: Sequence[dict[str, Any]], of: ConditionKind) -> np.ndarray:
     """What samples are conditioned on: (B,) classes, or (B, n) tokens of captions."""
     if of == "class" or tokens.captions is None:
         return np.array([label_of(meta) for meta in metas])

@@ -46,16 +46,24 @@ def check_values(x: Tensor, vocabulary_size: int | None) -> Tensor:
             raise ValueError(f"x has dtype {x.dtype}: the model's elements are floats")
         return x
     x = as_ids(x)
-    # Neither a meta tensor (chainrule plan) nor a graph being compiled has values to look at.
-    if x.numel() and not x.is_meta and not torch.compiler.is_compiling():
-        if x.numel() == 1:
-            low = high = int(x)
-        else:
-            low, high = (int(v) for v in torch.aminmax(x))
-        if low < 0 or high >= vocabulary_size:
-            wrong = low if low < 0 else high
-            raise ValueError(f"x holds {wrong}: elements lie in 0..{vocabulary_size - 1}")
+    wrong = _outside(x, 0, vocabulary_size)
+    if wrong is not None:
+        raise ValueError(f"x holds {wrong}: elements lie in 0..{vocabulary_size - 1}")
     return x
+
+
+def _outside(x: Tensor, low: int, stop: int) -> int | None:
+    """A value of `x` that is not in low..stop-1, None where all are."""
+    # Neither a meta tensor (chainrule plan) nor a graph being compiled has values to look at.
+    if not x.numel() or x.is_meta or torch.compiler.is_compiling():
+        return None
+    if x.numel() == 1:
+        least = most = int(x)
+    else:
+        least, most = (int(v) for v in torch.aminmax(x))
+    if least < low:
+        return least
+    return most if most >= stop else None
 
 
 def check_condition(cond: Tensor | None, classes: int | None, batch: int) -> Tensor | None:
@@ -71,11 +79,9 @@ def check_condition(cond: Tensor | None, classes: int | None, batch: int) -> Ten
             f"the model takes integers of shape ({batch},)"
         )
     cond = cond.long()
-    if cond.numel() and not torch.compiler.is_compiling():
-        low, high = (int(v) for v in torch.aminmax(cond))
-        if low < -1 or high >= classes:
-            wrong = low if low < -1 else high
-            raise ValueError(f"cond holds {wrong}: classes are 0..{classes - 1}, -1 for none")
+    wrong = _outside(cond, -1, classes)
+    if wrong is not None:
+        raise ValueError(f"cond holds {wrong}: classes are 0..{classes - 1}, -1 for none")
     return cond
 
 
@@ -101,14 +107,12 @@ def check_captions(cond: Tensor | None, captions: Captions, batch: int) -> Tenso
             f"integers of shape ({batch}, {captions.length}) or shorter"
         )
     cond = cond.long()
-    if cond.numel() and not cond.is_meta and not torch.compiler.is_compiling():
-        low, high = (int(v) for v in torch.aminmax(cond))
-        if low < -1 or high >= captions.vocabulary_size:
-            wrong = low if low < -1 else high
-            raise ValueError(
-                f"cond holds {wrong}: tokens of captions are 0..{captions.vocabulary_size - 1}, "
-                "-1 past a caption's end"
-            )
+    wrong = _outside(cond, -1, captions.vocabulary_size)
+    if wrong is not None:
+        raise ValueError(
+            f"cond holds {wrong}: tokens of captions are 0..{captions.vocabulary_size - 1}, "
+            "-1 past a caption's end"
+        )
     return nn.functional.pad(cond, (0, captions.length - cond.shape[1]), value=-1)
 
 

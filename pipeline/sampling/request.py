@@ -193,7 +193,7 @@ class Request:
     """What the prompts are the beginnings of, where real samples are completed."""
     given: Given | None = None
     """A picture of which a part is kept in every sample."""
-    captions: "Captioned | None" = None
+    captions: Captioned | None = None
     """Texts asked for in turn."""
 
     def plan(self, indices: Sequence[int]) -> Plan:
@@ -242,20 +242,13 @@ def settle(
         if config.classes is not None:
             raise SamplingError("classes: completed samples have their own; leave them out")
         classes = [-1 if b.label is None else b.label for b in begun]
-    captions = _captions(config, source) or captions
-    if captions is not None and begun is not None:
-        raise SamplingError("prompts, complete: give one of them")
-    if begun is not None and has_captions(source.model.config):
-        captions = Captioned.beside(begun, source)
-    if (
-        captions is None
-        and has_captions(source.model.config)
-        and not drop_rate(source.model.config)
-    ):
-        raise SamplingError(
-            "prompts: the model was trained with captions.dropout 0 and has never seen a picture "
-            "without a caption; give some"
-        )
+    if has_captions(source.model.config):
+        captions = _captions(config, source, begun) or captions
+        if captions is None and not drop_rate(source.model.config):
+            raise SamplingError(
+                "prompts: the model was trained with captions.dropout 0 and has never seen a "
+                "picture without a caption; give some"
+            )
     if config.guidance.scale != 1:
         _require_guidable(source, classes is not None or captions is not None)
     asked = None if captions is not None else config.prompts
@@ -300,11 +293,16 @@ def settle(
     return Request(config, rules, classes, prompts, length, begun, given, captions)
 
 
-def _captions(config: Config, source: Source) -> Captioned | None:
-    """The captions asked for, where that is what the prompts are."""
+def _captions(
+    config: Config, source: Source, begun: Sequence[Beginning] | None
+) -> Captioned | None:
+    """What a model of captions is asked for: the prompts that are texts, or the captions of the
+    real samples that are completed."""
     texts = [prompt for prompt in config.prompts or [] if isinstance(prompt, str)]
-    if not texts or not has_captions(source.model.config):
-        return None
+    if texts and begun is not None:
+        raise SamplingError("prompts, complete: give one of them")
+    if not texts:
+        return None if begun is None else Captioned.beside(begun, source)
     if len(texts) != len(config.prompts or []):
         raise SamplingError("prompts: captions are texts; leave lists of token ids out")
     if source.captioner is None:

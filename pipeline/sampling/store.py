@@ -28,6 +28,8 @@ from chainrule.pipeline.config import RequestError
 
 FORMAT = 1
 NAME = "samples.zarr"
+CAPTIONS = "captions.json"
+"""Beside it: what its array `caption` counts, the texts asked for, in order."""
 PARTS = "samples.parts"
 MANIFEST = "samples.json"
 
