@@ -13,7 +13,6 @@ Every figure of `evaluation.json` is explained in it. Scoring goes on where it w
 pipeline and from the command line.
 """
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -24,14 +23,10 @@ from pydantic import Field
 
 from chainrule.jobs.sample import open_source, require_tokenizers
 from chainrule.pipeline.artifact import (
-    Artifact,
     ArtifactError,
-    lock,
-    lock_path,
-    new_folder,
-    partial_folder,
     require_same,
 )
+from chainrule.pipeline.bare_stage import bare_stage
 from chainrule.pipeline.config import Settings, runtime
 from chainrule.pipeline.data.reader import Shards
 from chainrule.pipeline.data.tokens import TokenSet
@@ -64,7 +59,6 @@ from chainrule.pipeline.evaluation.likelihood_figures import (
     put_tokens,
 )
 from chainrule.pipeline.evaluation.linear_probe import probe_model, probe_picture, put_probes
-from chainrule.pipeline.evaluation.request import take_up
 from chainrule.pipeline.evaluation.round_trip import measure_audio, measure_images, measure_texts
 from chainrule.pipeline.models.inputs import has_captions
 from chainrule.pipeline.models.made import MADE
@@ -421,16 +415,7 @@ def evaluate_folder(
     The work is done in `<out>.partial`, which a killed run leaves behind: the same request goes
     on there, another one is refused. RequestError.
     """
-    out = new_folder(Path(out).absolute())
-    given = {"model": model, "tokens": tokens, "data": data}
-    inputs = {role: [Artifact.bare(path)] for role, path in given.items() if path is not None}
-    working = partial_folder(out)
-    with lock(working / out.name):
-        resumed = take_up(working, config, inputs)
-        stage = Stage("evaluate", "", "evaluate", working, "", inputs, resumed=resumed)
+    inputs = {"model": model, "tokens": tokens, "data": data}
+    with bare_stage("evaluate", config, inputs, out) as stage:
         main(config, stage)
-        shutil.rmtree(lock_path(working / out.name).parent)
-        if out.exists():
-            out.rmdir()
-        working.rename(out)
     return out

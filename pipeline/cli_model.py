@@ -6,7 +6,6 @@ by name, as a pipeline file names them.
 
 import re
 import sys
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,10 +15,11 @@ import typer
 import yaml
 
 from chainrule.pipeline.artifact import Artifact, ArtifactError, new_folder
+from chainrule.pipeline.bare_stage import bare_stage
 from chainrule.pipeline.catalogue import job_module
 from chainrule.pipeline.cli import ModelArgument, app, model_folders
 from chainrule.pipeline.config import RequestError, explain
-from chainrule.pipeline.stage import DONE, FAILED, Stage
+from chainrule.pipeline.stage import DONE, FAILED
 
 JobSetOption = Annotated[
     list[str] | None,
@@ -49,12 +49,6 @@ def settings(job: str, values: dict[str, Any], overrides: list[str] | None) -> A
         return config.model_validate(merged)
     except pydantic.ValidationError as error:
         raise RequestError("; ".join(m for _, m in explain(error, config, merged))) from None
-
-
-def stage_for(job: str, folder: Path, inputs: dict[str, Path | None]) -> Stage:
-    """A stage outside any pipeline, at work in `folder`, on bare folders."""
-    found = {role: [Artifact.bare(path)] for role, path in inputs.items() if path is not None}
-    return Stage(job, "", job, folder, fingerprint="", inputs=found)
 
 
 @app.command()
@@ -96,7 +90,10 @@ def sample(
     ] = None,
     overrides: JobSetOption = None,
 ) -> None:
-    """Draw from a model: text streams to the terminal, pictures and sound go to a folder."""
+    """Draw from a model: text streams to the terminal, pictures and sound go to a folder.
+
+    Killed, it leaves OUT.partial; the same command goes on from there.
+    """
     job: Any = job_module("sample")
     if keep is not None and image is None:
         raise RequestError("--keep: says what is kept of --image FILE; give that too")
@@ -118,13 +115,9 @@ def sample(
     if out is None and modality == "text":
         _stream(job, model, draft, config, n or max(len(prompts), 1))
         return
-    folder = new_folder(out if out is not None else Path("samples"))
-    with tempfile.TemporaryDirectory(dir=_parent(folder), prefix=".sample-") as temporary:
-        working = Path(temporary) / "out"
-        job.main(config, stage_for("sample", working, {"model": model, "draft": draft}))
-        if folder.exists():
-            folder.rmdir()
-        working.rename(folder)
+    folder = out if out is not None else Path("samples")
+    with bare_stage("sample", config, {"model": model, "draft": draft}, folder) as stage:
+        job.main(config, stage)
     typer.echo(folder)
 
 
@@ -132,13 +125,6 @@ def unescaped(prompt: str) -> str:
     r"""A prompt as it was typed: \n, \t and \\ mean a new line, a tab and a backslash."""
     meant = {"n": "\n", "t": "\t", "\\": "\\"}
     return re.sub(r"\\([nt\\])", lambda found: meant[found[1]], prompt)
-
-
-def _parent(folder: Path) -> Path:
-    parent = folder.absolute().parent
-    if not parent.is_dir():
-        raise RequestError(f"{parent}: no such folder")
-    return parent
 
 
 def _stream(job: Any, model: Path, draft: Path | None, config: Any, number: int) -> None:

@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import wave
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -336,6 +338,43 @@ def test_killed_at_any_moment_it_ends_the_same(pictures: Path, tmp_path: Path) -
     config = Config(number=400, samples_per_shard=10, batch_size=10)
     sample_folder(pictures, tmp_path / "whole", config)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_killed_command_goes_on_and_another_request_is_refused(
+    pictures: Path, tmp_path: Path, run: Callable[..., tuple[int, str]]
+) -> None:
+    out = tmp_path / "drawn"
+    command = ["sample", pictures, "--n", 400, "--set", "samples_per_shard=10"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "chainrule.pipeline", *map(str, command), "-o", str(out)],
+        stderr=subprocess.DEVNULL,
+    )
+    while not list(tmp_path.glob("drawn.partial/samples.parts/0*.json")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not out.exists()
+    code, message = run(*command, "--seed", 5, "-o", out)
+    assert code == 2
+    assert "killed `sample` of another request left (other: settings.seed)" in message
+    done = len(list(tmp_path.glob("drawn.partial/samples.parts/0*.json")))
+    code, message = run(*command, "-o", out)
+    assert code == 0, message
+    assert 0 < done < 40
+    assert run(*command, "-o", tmp_path / "whole")[0] == 0
+    assert contents(out) == contents(tmp_path / "whole")
+    assert not (tmp_path / "drawn.partial").exists()
+
+
+def test_a_refused_command_leaves_nothing(
+    pictures: Path, tmp_path: Path, run: Callable[..., tuple[int, str]]
+) -> None:
+    code, message = run("sample", pictures, "--class", "cow", "-o", tmp_path / "drawn")
+    assert code in (1, 2)
+    assert "cow" in message
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_texts(text: Path, tmp_path: Path) -> None:

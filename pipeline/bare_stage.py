@@ -1,0 +1,87 @@
+"""A stage outside any pipeline: a command's result folder, complete or absent, on bare folders.
+
+The work is done in `<out>.partial`, which a killed command leaves behind: the same request goes
+on there, another one is refused. `request.json` in it: the settings that change the result, and
+what tells each input from another one in the same place.
+"""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from chainrule.pipeline.artifact import (
+    Artifact,
+    lock,
+    lock_path,
+    new_folder,
+    partial_folder,
+    read_json,
+    write_json,
+)
+from chainrule.pipeline.config import RequestError, Settings, result_settings
+from chainrule.pipeline.stage import Stage
+
+REQUEST = "request.json"
+
+
+@contextmanager
+def bare_stage(
+    job: str, config: Settings, inputs: Mapping[str, Path | None], out: Path
+) -> Iterator[Stage]:
+    """A stage at work on the given folders; what it leaves becomes the folder `out`.
+
+    RequestError: `out` holds something, another process is at work on it, or a killed command
+    of another request left its work there.
+    """
+    out = new_folder(Path(out).absolute())
+    if not out.parent.is_dir():
+        raise RequestError(f"{out.parent}: no such folder")
+    found = {role: [Artifact.bare(path)] for role, path in inputs.items() if path is not None}
+    working = partial_folder(out)
+    held = working / out.name  # the lock lies in the folder of the work, and goes with it
+    with lock(held):
+        resumed = _take_up(working, job, config, found)
+        try:
+            yield Stage(job, "", job, working, "", found, resumed=resumed)
+        except BaseException:
+            if not _results(working):
+                shutil.rmtree(working)
+            raise
+        shutil.rmtree(lock_path(held).parent)
+        if out.exists():
+            out.rmdir()
+        working.rename(out)
+
+
+def _results(working: Path) -> bool:
+    """Whether anything was made that would be missed."""
+    of_stage = {REQUEST, "metrics.jsonl", ".locks"}
+    return any(path.name not in of_stage for path in working.iterdir())
+
+
+def _take_up(
+    working: Path, job: str, config: Settings, inputs: Mapping[str, list[Artifact]]
+) -> bool:
+    """Whether a killed run of the same request left `working`; RequestError for another's."""
+    request = {
+        "settings": result_settings(config),
+        "inputs": {role: artifact.identity for role, (artifact,) in inputs.items()},
+    }
+    path = working / REQUEST
+    if not path.exists():
+        write_json(path, request)
+        return False
+    found = read_json(path)
+    if found == request:
+        return True
+    other = [
+        f"{part}.{key}"
+        for part, values in request.items()
+        for key in sorted({*values, *found[part]})
+        if values.get(key) != found[part].get(key)
+    ]
+    raise RequestError(
+        f"{working}: holds what a killed `{job}` of another request left (other: "
+        f"{', '.join(other)}); run that one again, name another --out, or remove it"
+    )
