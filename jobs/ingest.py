@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from chainrule.pipeline.config import Settings, runtime
 from chainrule.pipeline.data import sources
@@ -83,6 +83,15 @@ class Config(Settings):
             if CLASS not in template:
                 raise ValueError(f"'{template}' has no {CLASS}")
         return value
+
+    @model_validator(mode="after")
+    def _one_split(self) -> "Config":
+        if self.validation is not None and getattr(self.source, "splits", None):
+            raise ValueError(
+                f"validation: {self.validation}: the source's `splits` say what is held out; "
+                "leave one of them out"
+            )
+        return self
 
 
 def source_files(config: Config) -> list[Path]:

@@ -407,7 +407,8 @@ def _main() -> int:
     def on_terminate(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, on_terminate)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, on_terminate)
     for module in ("cli_model", "cli_bench"):  # they add their commands to `app`
         importlib.import_module(f"chainrule.pipeline.{module}")
     try:

@@ -17,6 +17,8 @@ from chainrule.pipeline.plan_inputs import (
     image_shape,
     model_of,
     published,
+    ranks_of,
+    rows_of,
     unsettled,
 )
 
@@ -97,11 +99,6 @@ def _plan_of(
     return found
 
 
-def ranks_of(spec: StageSpec) -> int:
-    resources = spec.resources
-    return resources.nodes * (resources.gpus or resources.processes)
-
-
 # --- stages -------------------------------------------------------------------------------
 
 
@@ -140,13 +137,7 @@ def _pretrain(
     if (open_still := unsettled(spec, settled)) is not None:
         return open_still
     model = model_of(spec, settled)
-    ranks = ranks_of(spec)
-    parts = ranks * config.accumulate
-    if config.batch_size % parts:
-        raise RequestError(
-            f"stage '{spec.name}': batch_size {config.batch_size} does not divide by {ranks} ranks "
-            f"x accumulate {config.accumulate}; take a multiple of {parts}"
-        )
+    ranks, rows = ranks_of(spec), rows_of(spec)
     with torch.device("meta"):
         built = build(model).to("meta")  # buffers made from numpy arrays too
     flops = flops_per_element(built)
@@ -159,7 +150,7 @@ def _pretrain(
         strategy=strategy,
         precision=config.precision,
         ranks=ranks,
-        rows=config.batch_size // parts,
+        rows=rows,
         checkpointing=config.engine.activation_checkpointing,
         offload_optimizer=config.engine.offload_optimizer != "none",
         offload_parameters=config.engine.offload_parameters != "none",

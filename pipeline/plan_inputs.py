@@ -1,8 +1,11 @@
-"""What stages that have not run yet will hand on, for `plan`: vocabularies, grids, images.
+"""What stages that have not run yet will hand on: vocabularies, grids, images.
+
+With it `plan` reckons, and `run` and `submit` refuse what could only fail later.
 
 Read off what an input published, where it has run, and off its settings where it has not.
 """
 
+from collections.abc import Iterable
 from contextlib import closing
 from typing import Any
 
@@ -15,12 +18,48 @@ CHARACTERS = 256
 
 
 def published(pipeline: Pipeline, stage: str) -> dict[str, Any] | None:
-    """index.json of shards that have been made."""
+    """index.json of shards that have been made under these settings."""
     folder = pipeline.folder(stage)
-    if (folder / MANIFEST).is_file() and (folder / "index.json").is_file():
-        index: dict[str, Any] = read_json(folder / "index.json")
-        return index
-    return None
+    if not ((folder / MANIFEST).is_file() and (folder / "index.json").is_file()):
+        return None
+    if stage in pipeline.stages and (
+        read_json(folder / MANIFEST).get("fingerprint") != pipeline.fingerprint(stage)
+    ):
+        return None
+    index: dict[str, Any] = read_json(folder / "index.json")
+    return index
+
+
+def require_trainable(pipeline: Pipeline, stages: Iterable[str]) -> None:
+    """Refuse, before anything runs, a training among `stages` that could only fail when its turn
+    comes: its model cannot be built, or its batch cannot be shared out. RequestError."""
+    for name in stages:
+        spec = pipeline.stages[name]
+        if spec.job != "pretrain":
+            continue
+        rows_of(spec)
+        settled = from_tokens(pipeline, spec)
+        if unsettled(spec, settled) is None:
+            model_of(spec, settled)
+
+
+def ranks_of(spec: StageSpec) -> int:
+    resources = spec.resources
+    return resources.nodes * (resources.gpus or resources.processes)
+
+
+def rows_of(spec: StageSpec) -> int:
+    """Rows that a rank of a training takes at a time; RequestError where the batch does not
+    divide."""
+    config: Any = spec.config
+    ranks = ranks_of(spec)
+    parts = ranks * config.accumulate
+    if config.batch_size % parts:
+        raise RequestError(
+            f"stage '{spec.name}': batch_size {config.batch_size} does not divide by {ranks} ranks "
+            f"x accumulate {config.accumulate}; take a multiple of {parts}"
+        )
+    return int(config.batch_size // parts)
 
 
 def from_tokens(pipeline: Pipeline, spec: StageSpec) -> dict[str, Any]:
@@ -92,6 +131,9 @@ def _foreseen(pipeline: Pipeline, tokens: StageSpec) -> dict[str, Any]:
     if data in pipeline.stages:
         side = getattr(pipeline.stages[data].config.source, "size", None)  # type: ignore[attr-defined]
     factor = getattr(tokenizer, "downsampling", 1)
+    views: Any = tokens.config.views  # type: ignore[attr-defined]
+    if views is not None and views.size is not None:
+        side = views.size
     if isinstance(side, int):
         side = (side, side)
     if side is not None:

@@ -23,9 +23,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from chainrule.pipeline.whole_file import whole
+
 FLUSH_EVERY_S = 2.0
 RETRY_EVERY_S = 30.0
 FINISH_WITHIN_S = 20.0
+GIVE_UP_WITHIN_S = 3.0
+"""On a store that has not answered once, though it was asked."""
 BATCH = 1000  # the most metrics that MLflow takes in one log_batch
 BACKLOG = 200_000
 """Metrics kept while the store is away; older ones are dropped (metrics.jsonl has them)."""
@@ -38,30 +42,52 @@ def tracking_uri(runs: Path) -> str:
 
 def client(runs: Path) -> Any:
     """An MlflowClient with short time-outs and no chatter. Imports MLflow (about 1 s)."""
+    _quiet()
+    import mlflow
+
+    return mlflow.MlflowClient(tracking_uri=tracking_uri(runs))
+
+
+def _quiet() -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    import mlflow
-
-    uri = tracking_uri(runs)
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    return mlflow.MlflowClient(tracking_uri=uri)
 
 
 @contextlib.contextmanager
 def _alone(runs: Path) -> Iterator[None]:
-    """One process at a time: MLflow makes and migrates a SQLite store without a lock of its own."""
-    if not tracking_uri(runs).startswith("sqlite:///"):
+    """One process at a time, on a store that is there: MLflow makes and migrates a SQLite store
+    without a lock of its own, and one that is half made, because its maker was killed, it can
+    neither use nor finish."""
+    uri = tracking_uri(runs)
+    if not uri.startswith("sqlite:///"):
         yield
         return
-    runs.mkdir(parents=True, exist_ok=True)
-    with open(runs / ".mlflow.lock", "a") as file:
+    store = Path(uri.removeprefix("sqlite:///"))
+    store.parent.mkdir(parents=True, exist_ok=True)
+    with open(store.with_name(f".{store.stem}.lock"), "a") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
+        if not store.exists():
+            _make_store(store)
         yield
+
+
+def _make_store(store: Path) -> None:
+    """An empty SQLite store, whole or absent. Takes some seconds: MLflow migrates it from the
+    first of its schemas to the last."""
+    _quiet()
+    from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+    for left in store.parent.glob(f".{store.name}.*"):  # by a process that was killed
+        left.unlink()
+    with whole(store) as temporary:
+        made = SqlAlchemyStore(
+            f"sqlite:///{temporary}", (store.parent / "mlflow-artifacts").absolute().as_uri()
+        )
+        made.engine.dispose()
 
 
 def metric_name(name: str) -> str:
@@ -138,7 +164,9 @@ class Tracker:
 
         With None the run stays as it is: another process goes on with it.
         """
-        self._deadline = time.monotonic() + FINISH_WITHIN_S
+        never_answered = self._warned and self._store is None
+        within = GIVE_UP_WITHIN_S if never_answered else FINISH_WITHIN_S
+        self._deadline = time.monotonic() + within
         self._queue.put(("end", status))
         self._thread.join(FINISH_WITHIN_S + 2)
         if self._thread.is_alive() or self._metrics or self._others:

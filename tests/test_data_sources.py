@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import soundfile
 from PIL import Image
+from pydantic import ValidationError
 
+from chainrule.jobs.ingest import Config
 from chainrule.pipeline.data.arrays import Arrays, Idx, SklearnDigits, Table
 from chainrule.pipeline.data.audio import AudioFolder
 from chainrule.pipeline.data.images import ImageFolder, Sprites
@@ -88,7 +90,9 @@ def test_classes_by_pattern_and_splits_by_folder(tmp_path: Path) -> None:
     assert source.classes == ["3", "7"]
     parts = split(source, None, 0, False)
     assert [source.where(int(i)) for i in parts["validation"]] == ["test/7_c.png"]
-    assert len(split(source, 0.34, 0, False)["validation"]) == 1  # a share goes over the folders
+    given = {"kind": "image-folder", "path": tmp_path, "splits": {"train": "train"}}
+    with pytest.raises(ValidationError, match="the source's `splits` say what is held out"):
+        Config(source=given, validation=0.34)
     with pytest.raises(SourceError, match=r"class_pattern '\(x\)' finds no group"):
         ImageFolder(kind="image-folder", path=tmp_path, class_pattern="(x)").open()
     picture(tmp_path / "other" / "1.png")

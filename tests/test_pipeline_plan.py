@@ -12,13 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from chainrule.pipeline.config import RequestError
+from chainrule.pipeline.launch import Selection, decide
 from chainrule.pipeline.models.kv_cache import SPARE
 from chainrule.pipeline.models.registry import build, resolve
 from chainrule.pipeline.pipeline_file import load_pipeline
 from chainrule.pipeline.plan import plan
+from chainrule.pipeline.plan_inputs import from_tokens
 from chainrule.pipeline.plan_memory import (
     Activations,
     Scheme,
@@ -29,6 +32,8 @@ from chainrule.pipeline.plan_memory import (
 )
 from chainrule.pipeline.plan_schemes import choices, remedy
 from chainrule.pipeline.plan_text import count, hours, size, text
+from chainrule.pipeline.slurm import Profile
+from chainrule.pipeline.submit import submit
 from chainrule.pipeline.training.optimizers import OptimizerSettings, build_optimizer
 from chainrule.tokenizers.vqgan import Discriminator, VQGANSettings, VQGANTokenizer
 
@@ -362,6 +367,34 @@ def test_bad_requests(pipeline_file: Path, arguments: dict, message: str) -> Non
 def test_a_batch_that_does_not_divide_is_named(pipeline_file: Path) -> None:
     with pytest.raises(RequestError, match="batch_size 100 does not divide by 16 ranks"):
         plan(load_pipeline(pipeline_file, ["decoder.batch_size=100"]))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("decoder.batch_size=100", "batch_size 100 does not divide by 16 ranks"),
+        ("decoder.model.heads=5", r"stage 'decoder': model 'llama': width \(4096\) is no multiple"),
+    ],
+)
+def test_what_could_only_fail_later_is_refused_before_anything_runs(
+    pipeline_file: Path, tmp_path: Path, override: str, message: str
+) -> None:
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "a.png")
+    pipeline = load_pipeline(pipeline_file, [override])
+    for begin in (
+        lambda: decide(pipeline, Selection()),
+        lambda: submit(pipeline, Profile(), dry_run=True),
+    ):
+        with pytest.raises(RequestError, match=message):
+            begin()
+    decide(pipeline, Selection(until=("tokens",)))  # does not concern these
+
+
+def test_windows_of_pictures_are_what_the_model_will_see(pipeline_file: Path) -> None:
+    overrides = ["tokens.views={crops: center, size: 128}", "decoder.model.preset=imagegpt-small"]
+    pipeline = load_pipeline(pipeline_file, overrides)
+    assert from_tokens(pipeline, pipeline.stages["decoder"])["event_shape"] == (8, 8)
 
 
 def test_words() -> None:

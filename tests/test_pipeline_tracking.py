@@ -1,5 +1,7 @@
 """Tracking against a real MLflow store (SQLite): nested runs, resuming, a store that is away."""
 
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -86,3 +88,24 @@ def test_a_store_that_is_away_neither_stops_nor_slows(
     said = capsys.readouterr().err
     assert said.count("MLflow at http://127.0.0.1:9") == 1
     assert "goes on without it" in said
+
+
+def test_a_store_whose_maker_was_killed_is_made_by_the_next(tmp_path: Path) -> None:
+    """MLflow cannot go on with a half-made one: `table spans already exists`."""
+    program = (
+        "import sys; from pathlib import Path; from chainrule.pipeline.tracking import Tracker\n"
+        "Tracker(Path(sys.argv[1]), 'digits', 'decoder').finish('FINISHED')\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)])
+    while not (making := list(tmp_path.glob(".mlflow.db.*.tmp"))) or not making[0].stat().st_size:
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "mlflow.db").exists()
+
+    tracker = Tracker(tmp_path, "digits", "decoder")
+    tracker.finish("FINISHED")
+    assert tracking.client(tmp_path).get_run(tracker.run_id).info.status == "FINISHED"
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left <= {"mlflow.db", ".mlflow.lock", "mlflow-artifacts"}

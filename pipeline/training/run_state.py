@@ -135,13 +135,16 @@ class StopSignals:
 @contextmanager
 def stop_signals() -> Iterator[StopSignals]:
     """Turn SIGTERM, SIGUSR1 and Ctrl-C into a wish that the loop reads, for a while. A second
-    Ctrl-C does not wait for it."""
+    Ctrl-C does not wait for it. A wish that came after the loop had looked for the last time is
+    passed on, as the signal that it was, to whoever hears it outside."""
     stop = StopSignals()
+    came: list[int] = []
 
     def note(number: int, _frame: Any) -> None:
         now = time.monotonic()
         if not stop.requested:
             stop.requested, stop.since = True, now
+            came.append(number)
         elif number == signal.SIGINT and now - stop.since > 1:
             # (Within a second it is the first one again, passed on by a launcher.)
             raise KeyboardInterrupt
@@ -153,3 +156,5 @@ def stop_signals() -> Iterator[StopSignals]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if came:  # and nothing was raised for it
+        signal.raise_signal(came[0])
