@@ -169,6 +169,8 @@ class Pipeline:
             return State.UNFINISHED, "an earlier attempt was cut off; it will be resumed"
         if published:
             return State.STALE, self._why_stale(stage)
+        if (partial_folder(folder) / ATTEMPT).is_file():
+            return State.NEW, "what was begun was under other settings or inputs; it begins anew"
         return State.NEW, "never run"
 
     def _why_stale(self, stage: str) -> str:

@@ -31,6 +31,7 @@ from chainrule.pipeline.sampling.store import Store, StoreError
 from chainrule.pipeline.sampling.text import StopStrings, stream
 from chainrule.pipeline.stage import Stage
 from chainrule.tokenizers.bytes import ByteTokenizer
+from chainrule.tokenizers.characters import CharacterTokenizer
 from chainrule.tokenizers.mulaw import MuLawTokenizer
 from chainrule.tokenizers.pixels import PixelTokenizer
 
@@ -375,6 +376,19 @@ def test_a_refused_command_leaves_nothing(
     assert code in (1, 2)
     assert "cow" in message
     assert list(tmp_path.iterdir()) == []
+
+
+def test_characters_that_a_model_never_learned_from_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = CharacterTokenizer("abc ")
+    size = tokenizer.vocabulary["size"]
+    model = build({"family": "llama", "vocabulary_size": size, "context": 16, **TINY}, seed=0)
+    folder = hand_off(tmp_path / "model", model, tokenizer)
+    sample_folder(folder, tmp_path / "out", Config(number=2, prompts=["ab Жc🙂", "abc"], length=2))
+    said = capsys.readouterr().err
+    assert said.count("never learned from") == 1
+    assert "'ab Жc🙂' has characters that the model never learned from: 'Ж' '🙂'" in said
 
 
 def test_texts(text: Path, tmp_path: Path) -> None:

@@ -223,6 +223,8 @@ def test_a_failed_stage_is_taken_up_where_it_stopped(config: Path) -> None:
 def test_unfinished_work_under_other_settings_is_dropped(config: Path) -> None:
     with pytest.raises(StageFailed):
         launch.run_pipeline(load(config, "c.fail=true"), Selection())
+    assert "under other settings" in load(config).state("c")[1]
+    assert load(config).state("d")[1] == "never run"
     launch.run_pipeline(load(config), Selection())
     assert (load(config).folder("c") / "attempts.txt").read_text() == "x"
 

@@ -144,7 +144,7 @@ class Captioned:
         (which is said). SamplingError for one without words."""
         length = source.model.config.captions.length
         texts = [tidy(text) for text in texts]
-        encoded = [tokens.tolist() for tokens in source.captioner.encode(texts)]
+        encoded = [_encoded(text, source.captioner) for text in texts]
         for text, tokens in zip(texts, encoded, strict=True):
             if not tokens:
                 raise SamplingError("prompts: a caption without words; write some, or leave it out")
@@ -380,13 +380,28 @@ def _prompt(prompt: str | list[int], source: Source) -> list[int]:
                 f"prompts: {prompt!r} is text and the model is not one of text; "
                 "give token ids, or leave prompts out"
             )
-        return [int(token) for token in source.tokenizer.encode([prompt])[0]]
+        return _encoded(prompt, source.tokenizer)
     ranges = vocabulary["ranges"] if vocabulary else {}
     for token in prompt:
         if ranges and not any(start <= token < stop for start, stop in ranges.values()):
             spans = ", ".join(f"{name} [{a}, {b})" for name, (a, b) in ranges.items())
             raise SamplingError(f"prompts: token {token} lies outside the model's ranges: {spans}")
     return prompt
+
+
+def _encoded(text: str, tokenizer: Any) -> list[int]:
+    """The tokens of a prompt; characters that the tokenizer has none for are named."""
+    [tokens] = tokenizer.encode([text])
+    lost = "\ufffd"
+    if tokenizer.decode([tokens])[0].count(lost) > text.count(lost):
+        unknown = [
+            c for c in dict.fromkeys(text) if lost in tokenizer.decode(tokenizer.encode([c]))[0]
+        ]
+        say(
+            f"sample: the prompt '{text[:40]}' has characters that the model never learned from: "
+            f"{' '.join(map(repr, unknown[:8]))}{' …' if len(unknown) > 8 else ''}"
+        )
+    return [int(token) for token in tokens]
 
 
 def _allowed(vocabulary: Vocabulary, source: Source, end: Sequence[int]) -> torch.Tensor | None:
