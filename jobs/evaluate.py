@@ -53,6 +53,7 @@ from chainrule.pipeline.evaluation.likelihood import (
     score_events,
 )
 from chainrule.pipeline.evaluation.likelihood_figures import (
+    put_audio,
     put_images,
     put_rows,
     put_text,
@@ -143,6 +144,11 @@ def _held_out(config: Config, stage: Stage, source: Source | None) -> HeldOut | 
     if source is None or source.tokenizer is None or stage.optional("data") is None:
         return None
     shards = Shards.open(stage.input("data").folder)
+    if shards.modality != source.tokenizer.modality:
+        raise StageFailed(
+            f"{shards.folder}: holds {shards.modality}, the model's tokenizer is one of "
+            f"{source.tokenizer.modality}"
+        )
     captions = getattr(source.model.config, "captions", None)
     if captions is not None and shards.captioned and source.captioner is None:
         raise StageFailed(
@@ -165,6 +171,7 @@ def likelihood(
     """Score the split, then say what the sums are."""
     _same_tokenizer(source, tokens, stage)
     _same_data(tokens, stage)
+    _same_classes(source, tokens)
     if config.stride is not None and config.stride > source.elements:
         raise StageFailed(
             f"stride {config.stride} is more than the model's context of {source.elements}"
@@ -201,6 +208,8 @@ def likelihood(
             put_text(figures, tokens, tally, raw, baseline, progress)
     elif tokens.modality == "image":
         put_images(figures, tokens, tally)
+    elif tokens.tokenizer_kind == "mulaw" and source.tokenizer is not None:
+        put_audio(figures, tokens, tally, source.tokenizer.settings.bits)
     curve = tally.curve()
     with open(stage.folder / "by_position.csv", "w") as file:
         file.write("position,nats\n")
@@ -251,6 +260,21 @@ def _same_data(tokens: HeldOut, stage: Stage) -> None:
             data.fingerprint,
             str(data.folder),
         )
+
+
+def _same_classes(source: Source, tokens: HeldOut) -> None:
+    """Classes go by their names: those of other data may have other numbers. StageFailed where
+    the model does not know one."""
+    known, given = source.card.get("classes"), tokens.classes
+    if condition_kind(source, tokens) != "class" or known is None or given is None:
+        return
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise StageFailed(
+            f"{tokens.shards.folder}: has a class '{unknown[0]}', which the model does not know "
+            f"(it knows {', '.join(map(str, known[:8]))}{', …' if len(known) > 8 else ''})"
+        )
+    tokens.known_as = [known.index(name) for name in given]
 
 
 def _score(

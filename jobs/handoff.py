@@ -9,7 +9,7 @@ CPU for all of them.
 
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import Field
@@ -23,6 +23,7 @@ from chainrule.pipeline.artifact import (
     require_same,
 )
 from chainrule.pipeline.config import RequestError, Settings
+from chainrule.pipeline.graph import Pipeline, StageSpec
 from chainrule.pipeline.models import folder as model_folder
 from chainrule.pipeline.models.contract import Autoregressive
 from chainrule.pipeline.models.registry import build
@@ -56,6 +57,17 @@ class Config(Settings):
     )
 
 
+def check(pipeline: Pipeline, spec: StageSpec) -> None:
+    """Refuse averaged weights of a training that keeps none."""
+    [decoder] = spec.inputs["decoder"]
+    trained: Any = pipeline.stages[decoder].config if decoder in pipeline.stages else None
+    if cast(Config, spec.config).weights == "ema" and trained is not None and trained.ema is None:
+        raise RequestError(
+            f"stage '{spec.name}': weights: ema, and stage '{decoder}' keeps no averaged weights; "
+            "set ema: 0.999 there, or take weights: raw"
+        )
+
+
 def main(config: Config, stage: Stage) -> None:
     decoder = stage.input("decoder")
     description = read_json(decoder.path("model.json"))
@@ -69,6 +81,13 @@ def main(config: Config, stage: Stage) -> None:
         model.to(getattr(torch, config.dtype))
         bar.update(1)
         card = card_of(description, chosen[0], config, decoder)
+        if config.weights == "average":
+            card["averaged_steps"] = [checkpoint.step for checkpoint in chosen]
+            if len(chosen) < config.average_of:
+                say(
+                    f"  {stage.name}: average_of {config.average_of}, and {decoder.folder} keeps "
+                    f"{len(chosen)}: steps {', '.join(map(str, card['averaged_steps']))}"
+                )
         card["tokenizer"], card["tokenizers"] = copy_tokenizers(
             description, tokenizers, stage.folder
         )

@@ -32,7 +32,7 @@ from chainrule.pipeline.data.shards import (
     read_skipped_again,
 )
 from chainrule.pipeline.data.text import PythonStdlib, Text
-from chainrule.pipeline.stage import Input, Stage, StageFailed
+from chainrule.pipeline.stage import Input, Stage, StageFailed, say
 
 INPUTS: dict[str, Input] = {}
 
@@ -52,6 +52,8 @@ SourceSettings = Annotated[
 
 
 CLASS = "{class}"
+NAMED = 5
+"""Unreadable inputs that are named where there are too many."""
 
 
 class Config(Settings):
@@ -114,16 +116,23 @@ def main(config: Config, stage: Stage) -> None:
         if fault is not None:
             raise StageFailed(f"stage '{stage.name}': caption_templates: {fault}")
     splits = sources.split(source, config.validation, config.seed, config.validation_tail)
+    if config.validation != 0 and not len(splits["validation"]):
+        cut = " (source.document: paragraph, source.document_bytes)"
+        remedy = f"cut it{cut}" if source.modality == "text" else "add others"
+        fault = f"{len(source)} {source.what} leaves none for validation; {remedy}"
+        if config.validation is not None:
+            raise StageFailed(f"stage '{stage.name}': validation {config.validation:g}: {fault}")
+        say(f"  {stage.name}: {fault} if a model is to be trained on it")
     shards = list(_shards(splits, config.samples_per_shard))
-    skipped = 0
+    skipped: list[dict[str, Any]] = []
     with stage.progress(len(source), source.what + "s") as progress:
         for number, entry in _write_all(config, stage.folder, shards, source):
-            skipped += len(entry["skipped"])
-            if skipped > _allowed(config, source):
+            skipped += entry["skipped"]
+            if len(skipped) > _allowed(config, source):
                 for other in range(len(shards)):
                     read_skipped_again(stage.folder, other)
-                raise _too_many(config, source, entry["skipped"][-1], skipped)
-            progress.update(len(shards[number][1]), skipped=skipped)
+                raise _too_many(config, source, skipped)
+            progress.update(len(shards[number][1]), skipped=len(skipped))
     index = finish(
         stage.folder,
         kind="raw",
@@ -184,14 +193,15 @@ def _write(
     inputs: np.ndarray,
 ) -> dict[str, Any]:
     """Write one shard; its entry. StageFailed where it alone skips too many inputs."""
+    skipped = []
     with ShardWriter(folder, number, split) as shard:
         for i in inputs.tolist():
             try:
                 raw = source.read(i)
             except sources.Unreadable as error:
-                line = shard.skip(source.what, source.where(i), str(error))
+                skipped.append(shard.skip(source.what, source.where(i), str(error)))
                 if shard.skipped > _allowed(config, source):
-                    raise _too_many(config, source, line, shard.skipped) from None
+                    raise _too_many(config, source, skipped) from None
                 continue
             members = raw.members
             if config.caption_templates is not None:
@@ -220,14 +230,17 @@ def _allowed(config: Config, source: sources.Source) -> int:
     return math.floor(config.max_skipped * len(source))
 
 
-def _too_many(
-    config: Config, source: sources.Source, last: dict[str, Any], skipped: int
-) -> StageFailed:
+def _too_many(config: Config, source: sources.Source, skipped: list[dict[str, Any]]) -> StageFailed:
     path = getattr(config.source, "path", None)
-    where = f"{path}: {last['where']}" if path is not None else last["where"]
+    *others, last = (entry["where"] for entry in skipped[-NAMED:])
+    where = f"{path}: {last}" if path is not None else last
+    if len(skipped) > NAMED:
+        others.append(f"{len(skipped) - NAMED} more")
+    named = f" (also {', '.join(others)})" if others else ""
     return StageFailed(
-        f"{where}: {last['reason']}\n{skipped} of {len(source)} {source.what}s could not be used "
-        f"so far, max_skipped is {config.max_skipped:g}; mend or remove them, or raise max_skipped"
+        f"{where}: {skipped[-1]['reason']}\n{len(skipped)} of {len(source)} {source.what}s could "
+        f"not be used so far{named}, max_skipped is {config.max_skipped:g}; mend or remove them, "
+        "or raise max_skipped"
     )
 
 

@@ -9,18 +9,22 @@ is a function of (seed, step, rank).
 """
 
 import logging
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from pydantic import Field, field_validator, model_validator
 
 from chainrule.pipeline.artifact import write_json
 from chainrule.pipeline.config import RequestError, Settings, digest, runtime
-from chainrule.pipeline.data.batches import Loader
+from chainrule.pipeline.data.batches import Loader, Mixture
 from chainrule.pipeline.data.reader import OnDamage
+from chainrule.pipeline.graph import Pipeline, StageSpec, is_folder
 from chainrule.pipeline.heartbeat import beat
+from chainrule.pipeline.models.inputs import has_captions
 from chainrule.pipeline.models.registry import build
-from chainrule.pipeline.stage import Input, Stage, StageInterrupted, for_json
+from chainrule.pipeline.plan_inputs import foreseen_model, ranks_of, rows_of
+from chainrule.pipeline.stage import Input, Stage, StageInterrupted, for_json, say
 from chainrule.pipeline.training import assembly
 from chainrule.pipeline.training.checkpoints import CheckpointWriter
 from chainrule.pipeline.training.engine import Engine, EngineSettings, Precision
@@ -103,6 +107,11 @@ class Config(Settings):
             raise ValueError(
                 f"batch_size {self.batch_size} does not divide by accumulate {self.accumulate}"
             )
+        if self.batch_ramp is not None and self.batch_ramp.start > self.batch_size:
+            raise ValueError(
+                f"batch_ramp.start {self.batch_ramp.start} is above batch_size {self.batch_size}: "
+                "a batch grows from one to the other"
+            )
         if self.optimizer.name == "muon" and self.engine.strategy in ("zero1", "zero2", "zero3"):
             raise ValueError(
                 f"optimizer.name muon needs whole matrices, engine.strategy {self.engine.strategy} "
@@ -114,6 +123,34 @@ class Config(Settings):
 def launch_apart(config: Config) -> bool:
     """Engines with a process group run in a process of their own."""
     return config.engine.strategy not in ("auto", "single")
+
+
+def check(pipeline: Pipeline, spec: StageSpec) -> None:
+    """Refuse a model that cannot be built of what the stages above will hand on, batches that
+    cannot be shared out, weights of other sets, and stages that hold nothing out."""
+    config = cast(Config, spec.config)
+    where = f"stage '{spec.name}'"
+    rows_of(spec)
+    tokens = spec.inputs["tokens"]
+    try:
+        batch_sizes(config, ranks_of(spec))
+        if config.mixture_weights is not None and not any(map(is_folder, tokens)):
+            assembly.ordered_weights(config.mixture_weights, tokens)
+    except RequestError as error:
+        raise RequestError(f"{where}: {error}") from None
+    for name in tokens:
+        above = pipeline.stages[name].inputs["data"] if name in pipeline.stages else []
+        for source in above:
+            if source in pipeline.stages and nothing_held_out(pipeline.stages[source].config):
+                raise RequestError(
+                    f"{where} needs something to validate on, and stage '{source}' holds nothing "
+                    "out (validation: 0); set validation: 0.1 there"
+                )
+    foreseen_model(pipeline, spec)
+
+
+def nothing_held_out(ingest: Settings) -> bool:
+    return getattr(ingest, "validation", None) == 0
 
 
 def main(config: Config, stage: Stage) -> None:
@@ -131,7 +168,9 @@ def train(config: Config, stage: Stage, engine: Engine, stop: StopSignals) -> No
     context = torch.Size(model.event_shape).numel()
     drawn = assembly.mixture(sets, context, config.mixture_weights, config.seed)
     sizes = batch_sizes(config, engine.world_size)
-    validation = Validation(held_out, context, config.batch_size, config.seed)
+    validation = Validation(
+        held_out, context, config.batch_size, config.seed, drawn.interleave.shares
+    )
     objective = Objective(model, config.documents, config.z_loss)
     flops = flops_per_element(model)
     initialise_from_data(model, drawn.batch(0, sizes[0][1]))
@@ -141,6 +180,8 @@ def train(config: Config, stage: Stage, engine: Engine, stop: StopSignals) -> No
     description = assembly.describe(model_config, drawn, sets, artifacts)
     if stage.is_main:
         write_json(stage.folder / "model.json", description)
+        for line in unlikely(drawn, sizes[-1][1], config.model, model_config):
+            say(f"  {stage.name}: {line}")
     stage.parameters({"parameters": engine.parameter_count, "context": context})
 
     # --- where to begin -----------------------------------------------------------------
@@ -295,7 +336,8 @@ def train(config: Config, stage: Stage, engine: Engine, stop: StopSignals) -> No
     if stage.is_main:
         stage.summary.update(run.final)
         guesses = [context_free_loss(a, b) for a, b in zip(sets, held_out, strict=True)]
-        stage.summary["unigram_loss"] = sum(guesses) / len(guesses)
+        weighed = zip(validation.shares, guesses, strict=True)
+        stage.summary["unigram_loss"] = sum(share * guess for share, guess in weighed)
         stage.summary["parameters"] = engine.parameter_count
         stage.summary["tokens_seen"] = run.tokens_seen
         stage.summary["best_step"] = run.best_step
@@ -320,11 +362,39 @@ def batch_sizes(config: Config, world_size: int) -> list[tuple[int, int]]:
     parts = world_size * config.accumulate
     for _, size in ramp:
         if size % parts:
+            remedy = f"a multiple of {parts}"
+            if config.batch_ramp is not None:
+                remedy = f"batch_ramp.increment: {parts}, and multiples of it"
             raise RequestError(
                 f"a batch of {size} rows does not divide by {world_size} ranks x accumulate "
-                f"{config.accumulate}; take a multiple of {parts}"
+                f"{config.accumulate}; take {remedy}"
             )
     return ramp
+
+
+def unlikely(
+    drawn: Mixture, batch_size: int, asked: str | dict[str, Any], model: Settings
+) -> Iterator[str]:
+    """What can be meant, but hardly is."""
+    takes_classes = getattr(model, "classes", 0) is None and not has_captions(model)
+    meant = isinstance(asked, dict) and "classes" in asked
+    if takes_classes and not meant and any(m.tokens.classes for m in drawn.members):
+        yield f"the classes are left out: {assembly.NO_CLASS_OF_ITS_OWN}"
+    rows = sum(len(member.rows) for member in drawn.members)
+    if batch_size > rows:
+        yield (
+            f"a step of {batch_size} rows goes {batch_size / rows:.1f} times through all there are "
+            f"({rows}); take a smaller batch_size"
+        )
+    for member in drawn.members:
+        if member.tokens.modality != "audio":
+            continue
+        longest = max(int(member.tokens.lengths.max()), 1)
+        if drawn.context > 2 * longest:
+            yield (
+                f"a row of {drawn.context} elements holds {drawn.context // longest} recordings of "
+                f"{member.tokens.name} or more, the longest has {longest}; set model.event_shape"
+            )
 
 
 def seed_of(seed: int, step: int, rank: int) -> int:

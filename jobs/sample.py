@@ -12,15 +12,17 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 
 from chainrule.pipeline.artifact import Artifact, require_same, sha256_file, write_json
-from chainrule.pipeline.config import digest, result_settings
+from chainrule.pipeline.config import RequestError, digest, result_settings
 from chainrule.pipeline.devices import chosen_device
-from chainrule.pipeline.models.inputs import has_captions, is_conditioned
+from chainrule.pipeline.graph import Pipeline, StageSpec
+from chainrule.pipeline.models.inputs import drop_rate, has_captions, is_conditioned
+from chainrule.pipeline.plan_inputs import foreseen_model
 from chainrule.pipeline.sampling.completion import Given, given_of
 from chainrule.pipeline.sampling.drafts import (
     Draft,
@@ -56,6 +58,28 @@ INPUTS = {
     "draft": Input(("distill", "handoff"), optional=True),
     "tokens": Input(("pretokenize",), optional=True),
 }
+
+
+def check(pipeline: Pipeline, spec: StageSpec) -> None:
+    """Refuse guidance of a model that never learns without its condition."""
+    config = cast(Config, spec.config)
+    [model] = spec.inputs["model"]
+    if config.guidance.scale == 1 or model not in pipeline.stages:
+        return
+    [decoder] = pipeline.stages[model].inputs.get("decoder", [""])
+    if decoder not in pipeline.stages:
+        return
+    trained = foreseen_model(pipeline, pipeline.stages[decoder])
+    if trained is not None and not drop_rate(trained):
+        what, setting = "class", "class_dropout"
+        if has_captions(trained):
+            what, setting = "caption", "captions.dropout"
+        raise RequestError(
+            f"stage '{spec.name}': guidance: stage '{decoder}' trains with {setting} 0, so that "
+            f"the model never sees a sample without its {what}; set model.{setting}: 0.1 there, "
+            "or leave guidance at 1"
+        )
+
 
 LOSS_MEASURED_ON = 64
 """Samples on which the loss of int8 weights is measured."""
@@ -389,6 +413,10 @@ def _in_order(source: Source, ids: np.ndarray) -> torch.Tensor:
 def beginnings(complete: Completion, source: Source, tokens: Artifact) -> list[Beginning]:
     """The first samples of the validation split, in the model's order of generation."""
     found = token_set(source, tokens, "validation")
+    if found.classes is not None and source.card.get("classes") not in (None, found.classes):
+        raise SamplingError(
+            f"complete: the classes of {tokens.folder} are not the model's; take tokens of its own"
+        )
     begun = []
     for i in range(min(complete.of, len(found))):
         ids, meta = found[i]

@@ -78,13 +78,14 @@ class Row:
     bits: float
     """A unit (byte, dim, sample), coded: 8 * coded_bytes / units."""
     ideal_bits: float | None = None
-    """A unit, -log2 p of the files a model coded plus the rest as stored; None for codecs."""
+    """A unit, -log2 p of the files a model coded plus the rest as stored; None for codecs, and
+    where it coded none: every one is smaller without it."""
     model_bytes: int = 0
     bits_with_model: float | None = None
     encode_per_second: float = 0.0
     """Units coded a second."""
     decode_per_second: float | None = None
-    """None where a way cannot be decoded by itself (primed)."""
+    """None where a way cannot be decoded by itself (primed), or nothing was by the model."""
     verified: bool = False
     stored: int = 0
     """Files that the model was not made for, stored without it, and why the first of them was."""
@@ -251,17 +252,18 @@ def model_row(config: Config, artifact: Artifact, files: Files, folder: Path) ->
         path.unlink(missing_ok=True)
     decoded = time.monotonic()
     ideal = sum(r.coded_bytes if r.ideal_bytes is None else r.ideal_bytes for r in reports)
+    none_coded = len(stored) == len(reports)
     model_bytes = sum(path.stat().st_size for path in weight_files(artifact.folder))
     return Row(
         artifact.name,
         "static" if config.adapt is None else "adapting",
         size,
         8 * size / files.units,
-        8 * ideal / files.units,
+        None if none_coded else 8 * ideal / files.units,
         model_bytes,
         8 * (size + model_bytes) / files.units,
         files.units / max(encoded - began, 1e-9),
-        files.units / max(decoded - encoded, 1e-9),
+        None if none_coded else files.units / max(decoded - encoded, 1e-9),
         True,
         len(stored),
         stored[0].why if stored else "",
@@ -296,8 +298,11 @@ def picture(path: Path, rows: Sequence[Row], unit: str) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     shown = list(reversed(rows))
-    labels = [f"{row.name}, {row.way}" for row in shown]
-    colours = ["tab:blue" if row.ideal_bits is not None else "silver" for row in shown]
+    labels = [
+        f"{row.name}, {row.way}" + (f" ({row.stored} stored)" if row.stored else "")
+        for row in shown
+    ]
+    colours = ["tab:blue" if row.model_bytes else "silver" for row in shown]
     bars = axes.barh(labels, [row.bits for row in shown], color=colours)
     axes.bar_label(bars, fmt="%.3f", padding=3, fontsize=8)
     axes.set_xlabel(f"{unit} (shorter is better; the models' own bytes not counted)")

@@ -176,6 +176,15 @@ def require_same(what: str, expected: str, expected_by: str, found: str, found_i
         )
 
 
+A_TRAINING = "a training; models are what is handed off from one (job handoff)"
+
+
+def is_training(folder: Path) -> bool:
+    """Whether it is a published training: what people give who mean the model that it made."""
+    manifest = folder / MANIFEST
+    return manifest.is_file() and read_json(manifest).get("job") == "pretrain"
+
+
 def partial_folder(folder: Path) -> Path:
     return folder.with_name(folder.name + ".partial")
 

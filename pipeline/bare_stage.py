@@ -48,6 +48,7 @@ def bare_stage(
             if not _results(working):
                 shutil.rmtree(working)
             raise
+        (working / REQUEST).unlink()
         shutil.rmtree(lock_path(held).parent)
         if out.exists():
             out.rmdir()
@@ -55,9 +56,10 @@ def bare_stage(
 
 
 def _results(working: Path) -> bool:
-    """Whether anything was made that would be missed."""
-    of_stage = {REQUEST, "metrics.jsonl", ".locks"}
-    return any(path.name not in of_stage for path in working.iterdir())
+    """Whether anything was made that would be missed: more than headers."""
+    headers = {REQUEST, "metrics.jsonl", "zarr.json"}
+    files = (path for path in working.rglob("*") if path.is_file())
+    return any(f.name not in headers and f.parent.name != ".locks" for f in files)
 
 
 def _take_up(
@@ -70,6 +72,11 @@ def _take_up(
     }
     path = working / REQUEST
     if not path.exists():
+        if _results(working):
+            raise RequestError(
+                f"{working}: is there already, and no command's unfinished work; name another "
+                "--out, or remove it"
+            )
         write_json(path, request)
         return False
     found = read_json(path)
@@ -82,6 +89,6 @@ def _take_up(
         if values.get(key) != found[part].get(key)
     ]
     raise RequestError(
-        f"{working}: holds what a killed `{job}` of another request left (other: "
+        f"{working}: holds what a killed or failed `{job}` of another request left (other: "
         f"{', '.join(other)}); run that one again, name another --out, or remove it"
     )

@@ -1,6 +1,8 @@
 """Which jobs there are: the files of `jobs/`, looked up by the name that a pipeline file gives.
 
-A job that can be a stage has `Config`, `INPUTS` and `main(config, stage)`.
+A job that can be a stage has `Config`, `INPUTS` and `main(config, stage)`; it may have
+`check(pipeline, spec)`, which refuses what the settings of this stage and of those above it show
+could only fail when its turn comes.
 """
 
 import importlib

@@ -409,10 +409,10 @@ def _main() -> int:
 
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, on_terminate)
-    for module in ("cli_model", "cli_bench"):  # they add their commands to `app`
-        importlib.import_module(f"chainrule.pipeline.{module}")
     try:
         try:
+            for module in ("cli_model", "cli_bench"):  # they add their commands to `app`
+                importlib.import_module(f"chainrule.pipeline.{module}")
             result = app(standalone_mode=False)
         finally:  # from here on a signal would only cost the last words and the exit code
             for deaf in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):

@@ -113,7 +113,7 @@ def sample(
     config = settings("sample", values, overrides)
     modality = job.card_of(model).get("modality")
     if out is None and modality == "text":
-        _stream(job, model, draft, config, n or max(len(prompts), 1))
+        _stream(job, model, draft, config)
         return
     folder = out if out is not None else Path("samples")
     with bare_stage("sample", config, {"model": model, "draft": draft}, folder) as stage:
@@ -127,12 +127,15 @@ def unescaped(prompt: str) -> str:
     return re.sub(r"\\([nt\\])", lambda found: meant[found[1]], prompt)
 
 
-def _stream(job: Any, model: Path, draft: Path | None, config: Any, number: int) -> None:
-    """Text samples one after another, each piece as it comes."""
+def _stream(job: Any, model: Path, draft: Path | None, config: Any) -> None:
+    """Text samples one after another, each piece as it comes: as many as were asked for, else
+    one a prompt."""
     from chainrule.pipeline.sampling.text import stream
 
     source = job.open_source(model, config.device, config.dtype)
+    job.pictured(config, source)  # refuses one: they go with models of pictures
     request = job.settle(config, source)
+    number = config.number if "number" in config.model_fields_set else len(request.prompts)
     given = None if draft is None else Artifact.bare(draft)
     drafting = job.open_draft(config, source, given)
     for i in range(number):

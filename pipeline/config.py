@@ -94,14 +94,19 @@ def explain(
 ) -> list[tuple[tuple, str]]:
     """Each fault of validating `value` as (location, one line: key, fault and remedy)."""
     faults = []
+    listed: set[str] = set()
     # a misspelt key is a missing one too: say first that it is unknown
     found = sorted(error.errors(include_url=False), key=lambda f: f["type"] != "extra_forbidden")
     for fault in found:
         location = _keys_in(value, fault["loc"])
         dotted = ".".join(str(part) for part in location)
         if fault["type"] == "extra_forbidden":
-            known = _fields_at(model, tuple(fault["loc"][:-1]))
-            faults.append((location, f"unknown key '{dotted}'{nearest(str(location[-1]), known)}"))
+            above = tuple(fault["loc"][:-1])
+            remedy = nearest(str(location[-1]), _fields_at(model, above))
+            if remedy.startswith("; known") and remedy in listed:  # they are named once
+                remedy = ""
+            listed.add(remedy)
+            faults.append((location, f"unknown key '{dotted}'{remedy}"))
         elif fault["type"] == "union_tag_invalid":
             tags = re.findall(r"'([^']*)'", fault["ctx"]["expected_tags"])
             key, tag = fault["ctx"]["discriminator"].strip("'"), fault["ctx"]["tag"]
@@ -112,6 +117,8 @@ def explain(
             given = fault.get("input")
             shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
             message = fault["msg"].removeprefix("Value error, ")
+            if fault["type"] in ("model_type", "model_attributes_type"):
+                message = "has settings of its own; write it as {key: value, ...}"
             faults.append((location, f"'{dotted}': {message}{shown}" if dotted else message))
     return faults
 

@@ -4,7 +4,7 @@ A stage is a job's name, its inputs (names of other stages, or the folder of a p
 artifact, written with a slash), its resources, and the job's own settings.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -152,6 +152,13 @@ class Pipeline:
             found |= self.upstream(name)
         return found
 
+    def check(self, stages: Iterable[str]) -> None:
+        """Let the jobs refuse, before anything runs, what could only fail later. RequestError."""
+        for name in stages:
+            spec = self.stages[name]
+            if hasattr(spec.module, "check"):
+                spec.module.check(self, spec)
+
     def state(self, stage: str) -> tuple[State, str]:
         """The state of a stage and why, in words."""
         folder = self.folder(stage)
@@ -208,5 +215,5 @@ def _differences(before: Any, after: Any, path: str = "") -> Iterator[str]:
 
 
 def _short(value: Any) -> str:
-    text = str(value)
+    text = "not given" if value is None else str(value)
     return text if len(text) <= 40 else text[:37] + "..."

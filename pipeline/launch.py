@@ -12,7 +12,6 @@ from chainrule.pipeline.artifact import Artifact, partial_folder
 from chainrule.pipeline.config import RequestError, nearest
 from chainrule.pipeline.graph import Pipeline, State
 from chainrule.pipeline.pipeline_run import PipelineRun
-from chainrule.pipeline.plan_inputs import require_trainable
 from chainrule.pipeline.ranks import needs_ranks, run_ranks
 from chainrule.pipeline.stage import DONE, StageInterrupted, say
 from chainrule.pipeline.stage_run import run_here
@@ -59,7 +58,7 @@ def decide(pipeline: Pipeline, selection: Selection) -> list[Planned]:
     """For each selected stage whether it runs and why.
 
     RequestError where a stage would read an input that is neither fresh nor about to be made,
-    or where a training could only fail when its turn comes.
+    or where a stage could only fail when its turn comes.
     """
     planned: list[Planned] = []
     made: set[str] = set()
@@ -81,7 +80,7 @@ def decide(pipeline: Pipeline, selection: Selection) -> list[Planned]:
                     )
             made.add(name)
         planned.append(Planned(name, state, "asked for by --force" if forced else reason, runs))
-    require_trainable(pipeline, made)
+    pipeline.check(plan.name for plan in planned if plan.runs)
     return planned
 
 

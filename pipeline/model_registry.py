@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from chainrule.pipeline.artifact import MANIFEST, read_json
+from chainrule.pipeline.artifact import A_TRAINING, MANIFEST, is_training, read_json
 from chainrule.pipeline.config import RequestError, nearest
 from chainrule.pipeline.tracking import client, tracking_uri
 
@@ -85,11 +85,15 @@ def resolve(model: Path, runs: Path = Path("runs")) -> Path:
         folder = below if not model.exists() and (below / CARD).is_file() else model
         if any((folder / file).is_file() for file in (CARD, THEIRS)):
             return folder
+        there = folder if folder.is_dir() else below
+        known = _handed_off(runs)
         fault = "no such folder"
-        if folder.is_dir():
+        if is_training(there):
+            fault, same = A_TRAINING, f"{there.resolve().parent.name}/"
+            known = [title for title in known if title.startswith(same)] or known
+        elif there.is_dir():
             fault = f"no model there: neither {CARD} nor, of transformers, {THEIRS}"
-        likely = nearest("/".join(model.parts[-2:]), _handed_off(runs))
-        raise RequestError(f"{name}: {fault}{likely}")
+        raise RequestError(f"{name}: {fault}{nearest('/'.join(model.parts[-2:]), known)}")
     from mlflow.exceptions import MlflowException
 
     wanted = name.removeprefix(SCHEME)
@@ -99,6 +103,9 @@ def resolve(model: Path, runs: Path = Path("runs")) -> Path:
         title, _, number = wanted.rpartition("/")
     if not title or not (alias or number):
         raise RequestError(f"{name}: write it as models:/NAME@ALIAS or models:/NAME/VERSION")
+    uri = tracking_uri(runs)
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+        raise RequestError(f"{name}: nothing is registered in {runs}: there is no mlflow.db")
     try:
         store = client(runs)
         version = (

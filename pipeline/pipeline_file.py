@@ -12,7 +12,7 @@ from typing import Any
 import pydantic
 import yaml
 
-from chainrule.pipeline.artifact import Artifact
+from chainrule.pipeline.artifact import MANIFEST, Artifact, ArtifactError
 from chainrule.pipeline.catalogue import job_module
 from chainrule.pipeline.config import RequestError, Resources, explain, nearest
 from chainrule.pipeline.graph import Pipeline, StageSpec, is_folder
@@ -146,6 +146,9 @@ class _Document:
         specs = {str(key): self._stage(str(key), value) for key, value in stages.items()}
         self._check_inputs(specs)
         root = Path(runs if runs is not None else self.value.get("runs", "runs"))
+        there = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
+        if not there.is_dir():
+            raise RequestError(f"runs {root}: {there} is a file, not a folder")
         return Pipeline(name, self.path, root, self._ordered(specs), overrides)
 
     def _stage(self, name: str, value: Any) -> StageSpec:
@@ -217,8 +220,14 @@ class _Document:
         where = ("stages", spec.name, "inputs", role)
         wanted = spec.roles[role].jobs
         if is_folder(name):
-            artifact = Artifact.open(name)  # names the folder and the remedy itself
-            job = artifact.manifest.get("job")
+            try:
+                job = Artifact.open(name).manifest.get("job")
+            except ArtifactError as error:
+                below = Path(self.value.get("runs", "runs")) / name
+                hint = f"; did you mean '{below}'?" if (below / MANIFEST).is_file() else ""
+                raise self.fault(
+                    where, f"stage '{spec.name}': input '{role}': {error}{hint}"
+                ) from None
         elif name in specs:
             job = specs[name].job
         else:

@@ -160,7 +160,10 @@ def _pretrain(
     )
     activations = Activations.count(model, config.precision, gpu=spec.resources.gpus > 0)
     limit = _limit(spec, gpu)
-    options = [option(parameters, choice, activations, limit) for choice in choices(scheme)]
+    schemes = choices(scheme)
+    if ranks == 1 and not spec.resources.gpus:  # nothing to spread, and no host beside it
+        schemes = [c for c in schemes if c.strategy in ("single", scheme.strategy)]
+    options = [option(parameters, choice, activations, limit) for choice in schemes]
     chosen = next(found for found in options if found["scheme"] == words(scheme))
     tokens = config.steps * config.batch_size * length
     peak = _peak(gpu, config.precision, ranks)

@@ -1,12 +1,12 @@
 """What stages that have not run yet will hand on: vocabularies, grids, images.
 
-With it `plan` reckons, and `run` and `submit` refuse what could only fail later.
+With it `plan` reckons, and jobs refuse (`check`) what could only fail later.
 
 Read off what an input published, where it has run, and off its settings where it has not.
 """
 
-from collections.abc import Iterable
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 from chainrule.pipeline.artifact import MANIFEST, read_json
@@ -22,25 +22,15 @@ def published(pipeline: Pipeline, stage: str) -> dict[str, Any] | None:
     folder = pipeline.folder(stage)
     if not ((folder / MANIFEST).is_file() and (folder / "index.json").is_file()):
         return None
-    if stage in pipeline.stages and (
-        read_json(folder / MANIFEST).get("fingerprint") != pipeline.fingerprint(stage)
-    ):
-        return None
+    if stage in pipeline.stages:
+        try:
+            wanted = pipeline.fingerprint(stage)
+        except RequestError:  # its raw data are gone: what was made of them is all there is
+            wanted = None
+        if wanted is not None and read_json(folder / MANIFEST).get("fingerprint") != wanted:
+            return None
     index: dict[str, Any] = read_json(folder / "index.json")
     return index
-
-
-def require_trainable(pipeline: Pipeline, stages: Iterable[str]) -> None:
-    """Refuse, before anything runs, a training among `stages` that could only fail when its turn
-    comes: its model cannot be built, or its batch cannot be shared out. RequestError."""
-    for name in stages:
-        spec = pipeline.stages[name]
-        if spec.job != "pretrain":
-            continue
-        rows_of(spec)
-        settled = from_tokens(pipeline, spec)
-        if unsettled(spec, settled) is None:
-            model_of(spec, settled)
 
 
 def ranks_of(spec: StageSpec) -> int:
@@ -65,28 +55,31 @@ def rows_of(spec: StageSpec) -> int:
 def from_tokens(pipeline: Pipeline, spec: StageSpec) -> dict[str, Any]:
     """What the token stages settle of a model: from their index, else from their settings."""
     settled: dict[str, Any] = {}
-    sizes: list[int | None] = []
+    sizes: dict[str, int | None] = {}  # by tokenizer: sets of one share its ids
     shapes: set[tuple[int, ...]] = set()
     whole = True  # every sample is a row, as far as is known
     captions: list[dict[str, Any]] = []
     real = False
     for name in spec.inputs.get("tokens", []):
         index = published(pipeline, name)
+        [tokenizer] = pipeline.stages[name].inputs["tokenizer"] if name in pipeline.stages else [""]
         if index is not None:
-            sizes.append(index["vocabulary"]["size"])
-            real = real or not sizes[-1]
+            tokenizer = tokenizer or index["tokenizer"]["fingerprint"]
+            sizes[tokenizer] = index["vocabulary"]["size"]
+            real = real or not sizes[tokenizer]
             settled["image"] = index["modality"] == "image"
             whole = whole and bool(index["grid"])
+            settled["audio"] = index["modality"] == "audio"
             if index["grid"]:
                 settled["event_shape"] = tuple(index["grid"])
                 shapes.add(settled["event_shape"])
-            if index["classes"]:
+            if index["classes"] and (index["grid"] or _make_rows(pipeline.folder(name), settled)):
                 settled["classes"] = len(index["classes"])
             if index.get("captions"):
                 captions.append(index["captions"])
         elif name in pipeline.stages:
             foreseen = _foreseen(pipeline, pipeline.stages[name])
-            sizes.append(foreseen.pop("vocabulary_size", None))
+            sizes[tokenizer] = foreseen.pop("vocabulary_size", None)
             real = real or foreseen.pop("real", False)
             whole = whole and foreseen.get("image", False)
             if "event_shape" in foreseen:
@@ -99,8 +92,8 @@ def from_tokens(pipeline: Pipeline, spec: StageSpec) -> dict[str, Any]:
         settled["captions"] = {**captions[0], "longest": longest}
     if real:
         settled["vocabulary_size"] = None  # numbers are no tokens: a density
-    elif sizes and None not in sizes:
-        settled["vocabulary_size"] = sum(size for size in sizes if size is not None)
+    elif sizes and None not in sizes.values():
+        settled["vocabulary_size"] = sum(size for size in sizes.values() if size is not None)
     return settled
 
 
@@ -112,6 +105,7 @@ def _foreseen(pipeline: Pipeline, tokens: StageSpec) -> dict[str, Any]:
         return found
     tokenizer: Any = pipeline.stages[source].config.tokenizer  # type: ignore[attr-defined]
     found["real"] = tokenizer.kind == "standardize"
+    found["audio"] = tokenizer.kind == "mulaw"
     found["image"] = tokenizer.kind in ("vqvae", "vqgan", "palette", "pixels")
     if tokenizer.kind == "characters":
         found["guessed"] = ("vocabulary_size",)
@@ -127,18 +121,53 @@ def _foreseen(pipeline: Pipeline, tokens: StageSpec) -> dict[str, Any]:
             }
             found["guessed"] = (*found.get("guessed", ()), "captions")
     [data] = tokens.inputs["data"]
-    side = None
-    if data in pipeline.stages:
-        side = getattr(pipeline.stages[data].config.source, "size", None)  # type: ignore[attr-defined]
-    factor = getattr(tokenizer, "downsampling", 1)
-    views: Any = tokens.config.views  # type: ignore[attr-defined]
+    ingest: Any = pipeline.stages[data].config if data in pipeline.stages else None
+    shape = _shape(ingest, tokenizer, tokens.config.views)  # type: ignore[attr-defined]
+    if shape is not None:
+        found["event_shape"] = shape
+        if found["audio"]:  # only of recordings with classes
+            found["guessed"] = (*found.get("guessed", ()), "event_shape")
+    return found
+
+
+def _make_rows(folder: Path, settled: dict[str, Any]) -> bool:
+    """Whether samples without a grid make a row each, as recordings of one length may; their
+    shape is settled then."""
+    from chainrule.pipeline.data.rows import LONGEST_EVENT, one_length
+    from chainrule.pipeline.data.tokens import TokenSet
+
+    length = one_length(TokenSet.open(folder)) if settled["audio"] else None
+    if length is not None and length <= LONGEST_EVENT:
+        settled["event_shape"] = (length,)
+        return True
+    return not settled["audio"]
+
+
+def _shape(ingest: Any, tokenizer: Any, views: Any) -> tuple[int, ...] | None:
+    """That of every sample's tokens, as far as settings tell; `ingest` None says nothing."""
+    if tokenizer.kind == "mulaw":
+        from chainrule.pipeline.data.rows import LONGEST_EVENT
+
+        seconds = getattr(ingest and ingest.source, "seconds", None)
+        if seconds is None:
+            return None
+        length = round(seconds * ingest.source.sample_rate) * (tokenizer.bits // 8)
+        return (length,) if length <= LONGEST_EVENT else None
+    side = None if ingest is None else _side(ingest)
     if views is not None and views.size is not None:
         side = views.size
     if isinstance(side, int):
         side = (side, side)
-    if side is not None:
-        found["event_shape"] = (side[0] // factor, side[1] // factor)
-    return found
+    if side is None:
+        return None
+    factor = getattr(tokenizer, "downsampling", 1)
+    return (side[0] // factor, side[1] // factor)
+
+
+def _side(ingest: Any) -> Any:
+    """Side, or sides, of an ingest's pictures, as far as its settings tell."""
+    source = ingest.source
+    return 8 if source.kind == "sklearn-digits" else getattr(source, "size", None)
 
 
 def _vocabulary(tokenizer: Any) -> int | None:
@@ -166,9 +195,17 @@ def assumed(spec: StageSpec, settled: dict[str, Any]) -> list[str]:
     open_still = {"vocabulary_size"}
     if settled.get("image") and "context" not in asked:
         open_still.add("event_shape")
+    if _classes_to_come(asked, settled):
+        open_still.add("classes")
     open_still = (open_still - settled.keys()) | {*settled.get("guessed", ())}
     given = {key for key in asked if key != "captions" or asked[key] is None}
     return sorted(open_still - given)
+
+
+def _classes_to_come(asked: dict[str, Any], settled: dict[str, Any]) -> bool:
+    """Whether the model is to have classes, of which only the data know the number."""
+    given = {*asked, *settled}
+    return bool(asked.get("class_dropout")) and not given & {"classes", "captions"}
 
 
 def unsettled(spec: StageSpec, settled: dict[str, Any]) -> dict[str, Any] | None:
@@ -181,6 +218,18 @@ def unsettled(spec: StageSpec, settled: dict[str, Any]) -> dict[str, Any] | None
     return {"note": f"planned once {tokens} has run: how many numbers a row has is not known yet"}
 
 
+def foreseen_model(pipeline: Pipeline, spec: StageSpec) -> Any:
+    """The config of the model that a training will build, None where that cannot be told before
+    the data are there. RequestError where it cannot be built."""
+    settled = from_tokens(pipeline, spec)
+    if unsettled(spec, settled) is not None or "event_shape" in assumed(spec, settled):
+        return None
+    says_length = {"preset", "context", "event_shape"} & _asked(spec).keys()
+    if settled.get("audio") and "event_shape" not in settled and not says_length:
+        return None
+    return model_of(spec, settled)
+
+
 def model_of(spec: StageSpec, settled: dict[str, Any]) -> Any:
     """The model's config: what was asked for, and what the tokens settle (or will)."""
     from chainrule.pipeline.models.registry import FAMILIES, PRESETS, resolve
@@ -189,10 +238,16 @@ def model_of(spec: StageSpec, settled: dict[str, Any]) -> Any:
     asked = _asked(spec)
     family = asked.get("family") or PRESETS[asked["preset"]]["family"]
     fields = FAMILIES[family][0].model_fields
+    captions = settled.get("captions")
+    if captions is not None and "captions" in settled.get("guessed", ()):
+        given = asked.get("captions") or {}  # what was asked for knows better than a guess
+        captions = {
+            **captions,
+            "vocabulary_size": given.get("vocabulary_size", captions["vocabulary_size"]),
+            "longest": given.get("length", captions["longest"]),
+        }
     try:
-        condition = condition_settings(
-            asked, fields, settled.get("classes"), settled.get("captions")
-        )
+        condition = condition_settings(asked, fields, settled.get("classes"), captions)
     except RequestError as error:
         raise RequestError(f"stage '{spec.name}': {error}") from None
     settled = {
@@ -201,6 +256,8 @@ def model_of(spec: StageSpec, settled: dict[str, Any]) -> Any:
         if key in fields and key not in asked and key not in ("classes", "captions")
     }
     settled |= condition
+    if _classes_to_come(asked, settled):
+        settled["classes"] = 1
     if "event_shape" in settled and "context" in asked:
         settled.pop("event_shape")
     # a preset's `bos` belongs to its own vocabulary
@@ -226,7 +283,7 @@ def image_shape(pipeline: Pipeline, data: str, crop: int | None) -> tuple[int, i
             side = (height, width)
     elif data in pipeline.stages:
         source: Any = pipeline.stages[data].config.source  # type: ignore[attr-defined]
-        side = getattr(source, "size", None)
+        side = _side(pipeline.stages[data].config)
         channels = getattr(source, "channels", None) or 3
     if crop is not None:
         side = crop

@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 from chainrule.pipeline.artifact import read_json, sha256_file, write_json
-from chainrule.pipeline.config import digest
+from chainrule.pipeline.config import RequestError, digest
 
 
 def source_digest(files: list[Path], cache: Path) -> str:
@@ -26,7 +26,10 @@ def source_digest(files: list[Path], cache: Path) -> str:
             entry = [*stamp, sha256_file(file)]
         seen[str(file)] = entry
     if seen != known:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        write_json(cache, seen)
+        try:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            write_json(cache, seen)
+        except OSError as error:
+            raise RequestError(f"{cache.parent}: cannot be written ({error.strerror})") from None
     base = os.path.commonpath([os.path.abspath(file.parent) for file in files])
     return digest([[os.path.relpath(path, base), entry[2]] for path, entry in seen.items()])

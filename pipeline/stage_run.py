@@ -30,6 +30,8 @@ from chainrule.pipeline.stage import Stage, StageFailed, StageInterrupted, say
 from chainrule.pipeline.tracking import Tracker
 
 ATTEMPT_VARIABLE = "CHAINRULE_ATTEMPT"
+OF_THE_ATTEMPT = (ATTEMPT, "config.yaml", "metrics.jsonl")
+"""What an unfinished folder holds before anything was made in it."""
 PREPARED_WITHIN_S = 120.0
 _NOTING = threading.Lock()
 
@@ -183,7 +185,7 @@ def _prepare(pipeline: Pipeline, spec: StageSpec, attempt_id: str) -> dict[str, 
         earlier = read_json(folder / ATTEMPT)
         if earlier["fingerprint"] == fingerprint:
             attempt = earlier
-        else:
+        elif any(path.name not in OF_THE_ATTEMPT for path in folder.iterdir()):
             say(f"  {spec.name}: unfinished work under other settings is dropped")
     if attempt["attempts"] == 0 and folder.exists():
         shutil.rmtree(folder)

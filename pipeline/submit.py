@@ -27,7 +27,6 @@ from chainrule.pipeline.config import RequestError, Resources, digest
 from chainrule.pipeline.graph import Pipeline, State
 from chainrule.pipeline.launch import Selection, discard_unfinished
 from chainrule.pipeline.pipeline_run import PipelineRun
-from chainrule.pipeline.plan_inputs import require_trainable
 from chainrule.pipeline.slurm import Job, Profile
 from chainrule.pipeline.slurm_job import (
     RESTARTS_VARIABLE,
@@ -153,7 +152,7 @@ def _decide(
         decision.line = stage_line(pipeline, name, profile, jobs)
         waiting[name] = _variable(name)  # its id, once it is queued
         decisions.append(decision)
-    require_trainable(pipeline, [found.stage for found in decisions if found.line is not None])
+    pipeline.check(found.stage for found in decisions if found.line is not None)
     return decisions
 
 

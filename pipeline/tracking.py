@@ -31,6 +31,8 @@ FINISH_WITHIN_S = 20.0
 GIVE_UP_WITHIN_S = 3.0
 """On a store that has not answered once, though it was asked."""
 BATCH = 1000  # the most metrics that MLflow takes in one log_batch
+_OF_THREADS = threading.Lock()
+"""A record lock keeps processes apart, not the threads of one."""
 BACKLOG = 200_000
 """Metrics kept while the store is away; older ones are dropped (metrics.jsonl has them)."""
 
@@ -59,16 +61,16 @@ def _quiet() -> None:
 
 @contextlib.contextmanager
 def _alone(runs: Path) -> Iterator[None]:
-    """One process at a time, on a store that is there: MLflow makes and migrates a SQLite store
+    """One hand at a time, on a store that is there: MLflow makes and migrates a SQLite store
     without a lock of its own, and one that is half made, because its maker was killed, it can
     neither use nor finish."""
     uri = tracking_uri(runs)
-    if not uri.startswith("sqlite:///"):
+    if not uri.startswith("sqlite:///") or "?" in uri or ":memory:" in uri:
         yield
         return
     store = Path(uri.removeprefix("sqlite:///"))
     store.parent.mkdir(parents=True, exist_ok=True)
-    with open(store.with_name(f".{store.stem}.lock"), "a") as file:
+    with _OF_THREADS, open(store.with_name(f".{store.stem}.lock"), "a") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
         if not store.exists():
             _make_store(store)

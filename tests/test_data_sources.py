@@ -14,7 +14,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from chainrule.jobs.ingest import Config
-from chainrule.pipeline.data.arrays import Arrays, Idx, SklearnDigits, Table
+from chainrule.pipeline.data.arrays import Arrays, Idx, SklearnDigits
 from chainrule.pipeline.data.audio import AudioFolder
 from chainrule.pipeline.data.images import ImageFolder, Sprites
 from chainrule.pipeline.data.reader import Sample
@@ -203,28 +203,6 @@ def test_npz_and_sprites(tmp_path: Path) -> None:
         Arrays(kind="arrays", path=tmp_path / "o.npy").open()
 
 
-def test_tables_of_reals(tmp_path: Path) -> None:
-    path = tmp_path / "t.csv"
-    path.write_text("a,b,c\n1,2,x\n3,,y\n5,10,z\n")
-    source = Table(kind="table", path=path, columns=["b", "a"]).open()
-    assert Sample("0", source.read(2).members).values().tolist() == [10.0, 5.0]
-    with pytest.raises(Unreadable, match="missing or not finite"):
-        source.read(1)
-    with pytest.raises(SourceError, match="t.csv, line 2: not 3 numbers"):
-        Table(kind="table", path=path).open()
-    with pytest.raises(SourceError, match="no column 'q'"):
-        Table(kind="table", path=path, columns=["q"]).open()
-    path.write_text("1,2\n3,4\n")
-    with pytest.raises(SourceError, match="first line is numbers"):
-        Table(kind="table", path=path).open()
-    path.write_text("a;b\n3;4\n")
-    with pytest.raises(SourceError, match="separated by commas, not 'a;b'"):
-        Table(kind="table", path=path).open()
-    np.save(tmp_path / "t.npy", np.array([[1.0, 4], [3, 8]]))
-    scaled = Table(kind="table", path=tmp_path / "t.npy", standardize=True).open()
-    assert Sample("0", scaled.read(0).members).values().tolist() == [-1.0, -1.0]
-
-
 # Text
 
 
@@ -363,7 +341,21 @@ def test_recordings_that_cannot_be_used(tmp_path: Path) -> None:
     soundfile.write(tmp_path / "long.wav", tone(8000, 3.0), 8000)
     nothing = np.zeros(0, np.float32)
     soundfile.write(tmp_path / "none.wav", nothing, 8000)
+    soundfile.write(buffer := io.BytesIO(), tone(8000), 8000, format="WAV", subtype="PCM_16")
+    (tmp_path / "short.wav").write_bytes(buffer.getvalue()[:-1000])
     source = AudioFolder(kind="audio-folder", path=tmp_path, max_seconds=2.0).open()
-    for i, fault in enumerate(("damaged|truncated", "damaged", "too long: 3 s", "no sound")):
+    faults = ("damaged|truncated", "damaged", "too long: 3 s", "no sound", "3000 of 4000 bytes")
+    for i, fault in enumerate(faults):
         with pytest.raises(Unreadable, match=fault):
             source.read(i)
+
+
+def test_recordings_of_one_length(tmp_path: Path) -> None:
+    sound = np.arange(1, 501, dtype=np.int16)
+    soundfile.write(tmp_path / "short.wav", sound[:100], 1000)
+    soundfile.write(tmp_path / "whole.wav", sound, 1000)
+    source = AudioFolder(kind="audio-folder", path=tmp_path, sample_rate=1000, seconds=0.3).open()
+    found = [Sample("0", source.read(i).members) for i in range(2)]
+    assert found[0].audio()[0].tolist() == [*range(1, 101), *[0] * 200]
+    assert found[1].audio()[0].tolist() == [*range(1, 301)]
+    assert [f.members["json"]["recorded"] for f in found] == [100, 500]

@@ -23,6 +23,7 @@ from chainrule.pipeline.models.folder import save
 from chainrule.pipeline.models.registry import build
 from chainrule.pipeline.stage import Stage, StageFailed
 from chainrule.tokenizers.bytes import ByteTokenizer
+from chainrule.tokenizers.mulaw import MuLawSettings, MuLawTokenizer
 from chainrule.tokenizers.pixels import PixelSettings, PixelTokenizer
 from chainrule.tokenizers.vqvae import VQVAESettings, VQVAETokenizer
 
@@ -439,6 +440,71 @@ def test_what_cannot_be_evaluated_is_said(text, tmp_path):
         )
     with pytest.raises(StageFailed, match="stride 17"):
         evaluate.main(Config(stride=17), stage_of(tmp_path / "d", model=folder, tokens=tokens))
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_sound_has_bits_a_sample(tmp_path, bits):
+    tokenizer = MuLawTokenizer(MuLawSettings(bits=bits), 8000)
+    tokens = tmp_path / "tokens"
+    tokens.mkdir()
+    rng = np.random.default_rng(0)
+    for number, split in enumerate(("train", "validation")):
+        with ShardWriter(tokens, number, split) as shard:
+            for i, length in enumerate((50, 30)):
+                sound = rng.integers(-32768, 32768, length).astype(np.int16)
+                [codes] = tokenizer.encode([sound])
+                members = {"tokens.npy": codes, "json": {"samples": length}}
+                shard.write(key_of(10 * number + i), members, codes.size)
+    finish(
+        tokens,
+        kind="tokens",
+        modality="audio",
+        shards=2,
+        vocabulary=tokenizer.vocabulary,
+        tokenizer={"kind": tokenizer.kind, "fingerprint": tokenizer.fingerprint},
+        grid=None,
+    )
+    folder, _ = model_folder(
+        tmp_path / "model", tokenizer, "gpt2-debug", vocabulary_size=256, context=16
+    )
+    stage = stage_of(tmp_path / "out", model=folder, tokens=tokens)
+    evaluate.main(Config(), stage)
+    found = figures(stage.folder)
+    nats = found["nats_per_sample"] * 2  # of both recordings, 80 samples of sound
+    assert found["bits_per_audio_sample"] == pytest.approx(nats / math.log(2) / 80)
+
+
+def test_classes_of_other_data_go_by_name(tmp_path):
+    tokenizer = PixelTokenizer(PixelSettings())
+    tokens = token_images(tmp_path / "tokens", tokenizer)
+    spec = {"vocabulary_size": 256, "event_shape": (8, 8), "context": 64}
+    names = list("9876543210x")
+    folder, model = model_folder(
+        tmp_path / "model", tokenizer, "imagegpt-debug", names, classes=11, **spec
+    )
+    stage = stage_of(tmp_path / "out", model=folder, tokens=tokens)
+    evaluate.main(Config(batch_size=7), stage)
+    pixels, labels = images("validation")
+    x = torch.from_numpy(pixels[..., 0].astype(np.int64))
+    with torch.no_grad():
+        nats = -model.log_prob(x, 9 - torch.tensor(labels)).double().numpy()
+    found = figures(stage.folder)
+    assert found["nats"] == pytest.approx(nats.mean(), rel=1e-5)
+    three = nats[np.array(labels) == 3].mean()
+    assert found["nats_per_token.class.3"] == pytest.approx(three, rel=1e-5)
+
+    folder, _ = model_folder(
+        tmp_path / "fewer", tokenizer, "imagegpt-debug", list("012345678"), classes=9, **spec
+    )
+    with pytest.raises(StageFailed, match="has a class '9', which the model does not know .it kn"):
+        evaluate.main(Config(), stage_of(tmp_path / "out2", model=folder, tokens=tokens))
+
+
+def test_raw_data_of_another_modality_are_refused(text, tmp_path):
+    folder, *_ = text
+    stage = stage_of(tmp_path / "out", model=folder, data=raw_images(tmp_path / "i"))
+    with pytest.raises(StageFailed, match="holds image, the model's tokenizer is one of text"):
+        evaluate.main(Config(), stage)
 
 
 # --- from the command line ----------------------------------------------------------------------

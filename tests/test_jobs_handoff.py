@@ -123,6 +123,7 @@ def test_every_kind_of_weights(tmp_path, decoder, kind):
     if kind == "ema":
         assert card["validation"]["loss"] == last.state["final"]["ema_validation_loss"]
     assert ("loss" in card["validation"]) == (kind != "average")
+    assert card.get("averaged_steps") == ([12, 9, 6] if kind == "average" else None)
 
 
 def test_a_step_of_ones_own_choice(tmp_path, decoder):

@@ -217,6 +217,27 @@ def test_text_counts_its_bytes(tmp_path: Path) -> None:
     assert summary["validation_bytes"] == shards.index["raw_bytes"]["validation"]
 
 
+def test_a_share_that_leaves_nothing_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in.txt").write_text("one text\n" * 20)
+    source = {"kind": "text", "path": str(tmp_path / "in.txt")}
+    with pytest.raises(StageFailed, match="validation 0.05: 1 document leaves none for validation"):
+        run(tmp_path / "refused", source=source, validation=0.05)
+    assert run(tmp_path / "warned", source=source)["validation"] == 0
+    assert "source.document: paragraph" in capsys.readouterr().err
+    assert run(tmp_path / "meant", source=source, validation=0)["validation"] == 0
+    assert "leaves none" not in capsys.readouterr().err
+    source["document"] = "line"
+    assert run(tmp_path / "cut", source=source, validation=0.01)["validation"] == 1
+
+
+def test_parquet_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"PAR1\xff\xfe")
+    with pytest.raises(StageFailed, match="Parquet, which is not read; write it as JSON lines"):
+        run(tmp_path / "out", source={"kind": "text", "path": str(tmp_path)}, validation=0)
+
+
 @pytest.mark.slow
 def test_real_data_sets(shared_data: Path, tmp_path: Path) -> None:
     """Every kind of source on the real files that it is for."""

@@ -16,11 +16,13 @@ import pydantic
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
 from chainrule.jobs import sample
 from chainrule.jobs.sample import Config, main, open_source, sample_folder, settle
 from chainrule.pipeline import build, load
 from chainrule.pipeline.artifact import Artifact, ArtifactError, LineageError
+from chainrule.pipeline.cli_model import app
 from chainrule.pipeline.models import native_steps
 from chainrule.pipeline.models.folder import save
 from chainrule.pipeline.sampling import show
@@ -359,7 +361,7 @@ def test_a_killed_command_goes_on_and_another_request_is_refused(
     assert not out.exists()
     code, message = run(*command, "--seed", 5, "-o", out)
     assert code == 2
-    assert "killed `sample` of another request left (other: settings.seed)" in message
+    assert "killed or failed `sample` of another request left (other: settings.seed)" in message
     done = len(list(tmp_path.glob("drawn.partial/samples.parts/0*.json")))
     code, message = run(*command, "-o", out)
     assert code == 0, message
@@ -389,6 +391,28 @@ def test_characters_that_a_model_never_learned_from_are_named(
     said = capsys.readouterr().err
     assert said.count("never learned from") == 1
     assert "'ab Жc🙂' has characters that the model never learned from: 'Ж' '🙂'" in said
+
+
+@pytest.mark.parametrize(
+    ("settings", "samples"),
+    [([], 1), (["number=3"], 3), (["prompts=[a, b]"], 2), (["prompts=[a, b]", "number=3"], 3)],
+)
+def test_as_many_texts_stream_as_were_asked_for(
+    text: Path, settings: list[str], samples: int
+) -> None:
+    overrides = [part for setting in [*settings, "length=3"] for part in ("--set", setting)]
+    done = CliRunner().invoke(app, ["sample", str(text), *overrides])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.count("─" * 40) == samples - 1
+
+
+def test_a_picture_for_a_model_of_texts_is_refused(
+    text: Path, tmp_path: Path, run: Callable[..., tuple[int, str]]
+) -> None:
+    Image.new("L", (4, 4)).save(tmp_path / "a.png")
+    code, message = run("sample", text, "--image", tmp_path / "a.png")
+    assert code == 2
+    assert "the model is not one of pictures" in message
 
 
 def test_texts(text: Path, tmp_path: Path) -> None:

@@ -391,6 +391,60 @@ def test_what_could_only_fail_later_is_refused_before_anything_runs(
     decide(pipeline, Selection(until=("tokens",)))  # does not concern these
 
 
+CLASSES = """
+name: classes
+stages:
+  digits: {job: ingest, source: {kind: sklearn-digits}}
+  other: {job: ingest, source: {kind: sklearn-digits}, seed: 1}
+  pixels: {job: train_tokenizer, inputs: {data: digits}, tokenizer: {kind: pixels, levels: 16}}
+  tokens: {job: pretokenize, inputs: {data: digits, tokenizer: pixels}}
+  more: {job: pretokenize, inputs: {data: other, tokenizer: pixels}}
+  decoder:
+    job: pretrain
+    inputs: {tokens: [tokens, more]}
+    model: {preset: imagegpt-debug, class_dropout: 0.1}
+    steps: 10
+    batch_size: 8
+    accumulate: 2
+  model: {job: handoff, inputs: {decoder: decoder, tokenizer: pixels}}
+  samples: {job: sample, inputs: {model: model}, guidance: 2.0}
+"""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], None),
+        (["decoder.mixture_weights={tokens: 3, more: 1}"], None),
+        (["decoder.ema=0.99", "model.weights=ema"], None),
+        (
+            ["decoder.mixture_weights={tokens: 3, tokns: 1}"],
+            "stage 'decoder': mixture_weights names",
+        ),
+        (["other.validation=0"], "stage 'other' holds nothing out"),
+        (
+            ["decoder.batch_ramp={start: 4, steps: 5}"],
+            "5 rows does not divide by 1 ranks x accumulate 2; take batch_ramp.increment: 2",
+        ),
+        (["model.weights=ema"], "stage 'model': weights: ema, and stage 'decoder' keeps no"),
+        (["decoder.model.class_dropout=0.0"], "'samples': guidance: stage 'decoder' trains with"),
+    ],
+)
+def test_stages_are_held_against_those_above_them(
+    tmp_path: Path, overrides: list[str], message: str | None
+) -> None:
+    path = tmp_path / "classes.yaml"
+    path.write_text(CLASSES)
+    pipeline = load_pipeline(path, overrides, runs=tmp_path)
+    if message is None:
+        assert len(decide(pipeline, Selection())) == 8
+        [found] = [p for p in plan(pipeline) if p["stage"] == "decoder"]
+        assert found["model"]["vocabulary_size"] == 16  # of both sets: they share a tokenizer
+        return
+    with pytest.raises(RequestError, match=message):
+        decide(pipeline, Selection())
+
+
 def test_windows_of_pictures_are_what_the_model_will_see(pipeline_file: Path) -> None:
     overrides = ["tokens.views={crops: center, size: 128}", "decoder.model.preset=imagegpt-small"]
     pipeline = load_pipeline(pipeline_file, overrides)

@@ -1,8 +1,8 @@
 """Real numbers, column by column, to mean 0 and deviation 1: for the continuous densities.
 
-Nothing is quantised: a row of D numbers stays D numbers (float32). The density of a row in its
-own units is that of the standardised one over the product of the deviations, so its
-log-density is lower by `log_volume` nats.
+Nothing is quantised: a row of D numbers (float64) becomes D numbers in float32. The density of
+a row in its own units is that of the standardised one over the product of the deviations, so
+its log-density is lower by `log_volume` nats.
 """
 
 import math
@@ -79,7 +79,7 @@ class StandardizeTokenizer(Tokenizer):
         return [((self._row(x) - self.mean) / self.deviation).astype(np.float32) for x in batch]
 
     def decode(self, batch: Sequence[np.ndarray]) -> list[np.ndarray]:
-        return [(self._row(x) * self.deviation + self.mean).astype(np.float32) for x in batch]
+        return [self._row(x) * self.deviation + self.mean for x in batch]
 
     def _row(self, x: np.ndarray) -> np.ndarray:
         row = np.asarray(x)

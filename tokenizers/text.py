@@ -12,6 +12,7 @@ Kudo and Richardson, "SentencePiece" (2018); Sennrich et al. 2016 (BPE); Kudo 20
 
 import io
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -133,9 +134,12 @@ class SentencePieceTokenizer(Tokenizer):
                 minloglevel=2,
             )
         except RuntimeError as error:
+            reason = str(error).splitlines()[0][-200:]
+            if most := re.search(r"value <= (\d+)", reason):
+                reason = f"it has too few; take a vocabulary_size of {most[1]} at most"
             raise TokenizerError(
                 f"SentencePiece cannot learn {settings.vocabulary_size} pieces from this text: "
-                f"{str(error).splitlines()[0][-200:]}"
+                f"{reason}"
             ) from None
         return cls(settings, model.getvalue())
 

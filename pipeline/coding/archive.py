@@ -36,7 +36,7 @@ from chainrule.pipeline.coding.forms import Adapter, NotForModel, Split, Symbols
 from chainrule.pipeline.coding.header import ContainerError, Entry, Header, Parts
 
 Named = tuple[str, bytes]
-LARGER = "larger under the model than under zstd"
+LARGER = "larger under the model than without it"
 LARGEST_THREADS = 1024
 """Threads that a container may ask for: more of them than a machine gives would end the process."""
 MOST_A_BYTE = 4

@@ -5,11 +5,12 @@ import gzip
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import Field
 
+from chainrule.pipeline.config import nearest
 from chainrule.pipeline.data.sources import (
     Raw,
     Source,
@@ -240,7 +241,7 @@ class Arrays(SourceSettings):
 class Table(SourceSettings):
     """Rows of real numbers: a `.csv` with a line of names, or `.npy`/`.npz` (N, D) of floats.
 
-    A sample is `key.f32`: little-endian float32 (D,). For the continuous densities.
+    A sample is `key.f64`: little-endian float64 (D,). For the continuous densities.
     """
 
     kind: Literal["table"]
@@ -252,9 +253,11 @@ class Table(SourceSettings):
     )
 
     def open(self) -> Source:
-        if self.path.suffix == ".csv":
+        if self.path.suffix.lower() == ".csv":
             names, values = _read_csv(_present(self.path), self.columns)
         else:
+            if self.path.suffix.lower() not in (".npy", ".npz"):
+                raise SourceError(f"{self.path}: a table is a .csv, .npy or .npz")
             values = _member(_load_arrays(self.path), self.array, self.path)
             if values.ndim != 2 or values.dtype.kind not in "fiu" or len(values) == 0:
                 raise SourceError(f"{self.path}: {values.dtype} {values.shape}, not (N, D) reals")
@@ -288,7 +291,7 @@ class _TableSource(Source):
         row = self._values[i]
         if not np.isfinite(row).all():
             raise Unreadable("holds a value that is missing or not finite")
-        return Raw({"f32": row.astype("<f4").tobytes(), "json": {"source": self.where(i)}})
+        return Raw({"f64": row.astype("<f8").tobytes(), "json": {"source": self.where(i)}})
 
 
 def _present(path: Path) -> Path:
@@ -324,27 +327,60 @@ def _is_number(text: str) -> bool:
     return True
 
 
+MISSING = ("", "na", "n/a", "nan", "null", "none", "?")
+"""What stands for a value that is not there, in any case."""
+
+
 def _read_csv(path: Path, columns: list[str] | None) -> tuple[list[str], np.ndarray]:
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.reader(file)
-        header = next(reader, [])
-        if header and all(_is_number(name) for name in header):
-            raise SourceError(
-                f"{path}: the first line is numbers; a table needs a line of column names"
-            )
-        if len(header) == 1 and header[0].count(";") + header[0].count("\t"):
-            raise SourceError(f"{path}: columns are to be separated by commas, not '{header[0]}'")
-        names = columns or header
-        missing = [name for name in names if name not in header]
-        if missing or not names:
-            raise SourceError(f"{path}: no column '{(missing or ['?'])[0]}' in its first line")
-        at = [header.index(name) for name in names]
-        rows = []
-        for line, row in enumerate(reader, start=2):
-            try:
-                rows.append([float(row[i]) if row[i].strip() else np.nan for i in at])
-            except (ValueError, IndexError):
-                raise SourceError(f"{path}, line {line}: not {len(header)} numbers") from None
+    """Names (D,) and values float64 (N, D), NaN where one is missing; SourceError."""
+    try:
+        # spreadsheets begin a file with a mark
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            return _table(csv.reader(file), path, columns)
+    except UnicodeDecodeError:
+        raise SourceError(f"{path}: not UTF-8; save it as CSV in UTF-8") from None
+
+
+def _table(reader: Any, path: Path, columns: list[str] | None) -> tuple[list[str], np.ndarray]:
+    header: list[str] = next(reader, [])
+    if not header:
+        raise SourceError(f"{path}: is empty")
+    if all(_is_number(name) for name in header):
+        raise SourceError(
+            f"{path}: the first line is numbers; a table needs a line of column names"
+        )
+    if len(header) == 1 and header[0].count(";") + header[0].count("\t"):
+        raise SourceError(f"{path}: columns are to be separated by commas, not '{header[0]}'")
+    names = columns or header
+    for name in names:
+        if name not in header:
+            raise SourceError(f"{path}: no column '{name}'{nearest(name, header)}")
+        if header.count(name) > 1:
+            raise SourceError(f"{path}: {header.count(name)} columns are named '{name}'")
+    at = [header.index(name) for name in names]
+    rows = []
+    for row in reader:
+        if not row and len(header) > 1:  # a blank line
+            continue
+        where = f"{path}, line {reader.line_num}"
+        row = row or [""]
+        while len(row) > len(header) and not row[-1].strip():  # commas at the end
+            row.pop()
+        if len(row) != len(header):
+            raise SourceError(f"{where}: {len(row)} values, the first line names {len(header)}")
+        rows.append([_value(row[i], header[i], where) for i in at])
     if not rows:
         raise SourceError(f"{path}: no rows below its first line")
     return list(names), np.array(rows)
+
+
+def _value(text: str, column: str, where: str) -> float:
+    if text.strip().lower() in MISSING:
+        return np.nan
+    try:
+        return float(text)
+    except ValueError:
+        raise SourceError(
+            f"{where}: column '{column}' holds '{text[:40]}', no number; name those that do in "
+            "`columns`"
+        ) from None

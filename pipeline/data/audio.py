@@ -2,6 +2,7 @@
 
 import io
 import re
+import struct
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +19,10 @@ from chainrule.pipeline.data.sources import (
     tree_files,
 )
 
+STREAMED = 0x7FFFF000
+"""Sizes from here on are placeholders of programs that wrote to a pipe."""
+HEADER = 44
+"""Bytes of the usual header, which some programs count with the sound."""
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif")
 
 
@@ -34,6 +39,12 @@ class AudioFolder(SourceSettings):
         None, description="regular expression on the relative path; its first group is the class"
     )
     max_seconds: float = Field(3600.0, gt=0, description="longer recordings are refused")
+    seconds: float | None = Field(
+        None,
+        gt=0,
+        description="cut each recording to that, or fill it up with silence: samples of one "
+        "length make a row each, which a model can be given the class of",
+    )
 
     def open(self) -> Source:
         return _Recordings(self)
@@ -63,9 +74,13 @@ class _Recordings(Source):
             self._settings.sample_rate,
             self._settings.max_seconds,
         )
-        meta = {
-            "source": self.where(i),
-            "sample_rate": self._settings.sample_rate,
+        meta = {"source": self.where(i), "sample_rate": self._settings.sample_rate}
+        if self._settings.seconds is not None:
+            meta["recorded"] = len(samples)
+            samples = samples[: round(self._settings.seconds * self._settings.sample_rate)]
+            missing = round(self._settings.seconds * self._settings.sample_rate) - len(samples)
+            samples = np.pad(samples, (0, missing))
+        meta |= {
             "samples": len(samples),
             **self._labels.meta(i),
         }
@@ -80,6 +95,7 @@ def decode(data: bytes, rate: int, max_seconds: float) -> np.ndarray:
     import soundfile
     import soxr
 
+    _require_whole(data)
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             if file.frames > max_seconds * file.samplerate:
@@ -104,6 +120,22 @@ def decode(data: bytes, rate: int, max_seconds: float) -> np.ndarray:
     if own_rate != rate:
         mono = soxr.resample(mono, own_rate, rate, quality="VHQ")
     return np.clip(np.round(mono * 32768.0), -32768, 32767).astype(np.int16)
+
+
+def _require_whole(data: bytes) -> None:
+    """Unreadable where a RIFF file ends before its header says: libsndfile would take what is
+    there for all of it."""
+    if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
+        return
+    at = 12
+    while at + 8 <= len(data):
+        kind, size = struct.unpack_from("<4sI", data, at)
+        if kind == b"data":
+            held = len(data) - at - 8
+            if held + HEADER < size < STREAMED:
+                raise Unreadable(f"truncated: {held} of {size} bytes of sound")
+            return
+        at += 8 + size + size % 2
 
 
 def encode_flac(samples: np.ndarray, rate: int) -> bytes:

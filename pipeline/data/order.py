@@ -96,7 +96,7 @@ class Interleave:
             for w in weights
         ]
         total = sum(exact, Fraction(0))
-        shares = [weight / total for weight in exact]
+        self.shares = shares = [weight / total for weight in exact]
         denominator = 1
         for share in shares:
             denominator = np.lcm(denominator, share.denominator, dtype=object)

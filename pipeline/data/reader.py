@@ -116,7 +116,9 @@ class Sample:
 
     def values(self) -> np.ndarray:
         """float32 (D,) of a table row."""
-        return np.frombuffer(self.members["f32"], "<f4")
+        if "f32" in self.members:  # as they were stored at first
+            return np.frombuffer(self.members["f32"], "<f4")
+        return np.frombuffer(self.members["f64"], "<f8")
 
     def tokens(self) -> np.ndarray:
         return decode_npy(self.members[NPY])

@@ -27,6 +27,10 @@ class Pieces(NamedTuple):
     stop: np.ndarray
 
 
+LONGEST_EVENT = 65_536
+"""Tokens of recordings of one length that make a row each without being asked to."""
+
+
 class Rows(ABC):
     """`len(rows)` rows an epoch, the same number in each; row j is computed from j."""
 
@@ -55,7 +59,7 @@ class Rows(ABC):
 
 
 class FixedRows(Rows):
-    """Samples of equal length, one a row: images."""
+    """Samples of equal length, one a row: images, recordings."""
 
     packed = False
     waste = 0.0
@@ -98,14 +102,24 @@ class PackedRows(Rows):
         return Pieces(*self.packing.pieces(windows, self.seed, epoch, self.shuffle))
 
 
+def one_length(tokens: TokenSet) -> int | None:
+    """Tokens of every sample: the grid's, or of recordings that all last as long; else None."""
+    if tokens.grid is not None:
+        return int(np.prod(tokens.grid))
+    if tokens.modality != "audio":
+        return None
+    lengths = tokens.lengths
+    return int(lengths[0]) if (lengths == lengths[0]).all() else None
+
+
 def rows_of(
     tokens: TokenSet, context: int | None = None, seed: int = 0, shuffle: bool = True
 ) -> Rows:
     """Rows of a token set: FixedRows where every sample has `context` tokens, else PackedRows.
 
-    `context` None takes the grid's size. RequestError where that does not exist.
+    `context` None takes the samples' length. RequestError where they have several.
     """
-    size = int(np.prod(tokens.grid)) if tokens.grid is not None else None
+    size = one_length(tokens)
     if context is None:
         if size is None:
             raise RequestError(

@@ -197,6 +197,10 @@ def _decode(data: bytes, invalid: str) -> str:
     except UnicodeDecodeError as error:
         if invalid == "replace":
             return data.decode("utf-8", errors="replace")
+        if data[:4] == b"PAR1":
+            raise Unreadable(
+                "Parquet, which is not read; write it as JSON lines (.jsonl)"
+            ) from None
         raise Unreadable(f"not UTF-8 ({error.reason} at byte {error.start})") from None
 
 

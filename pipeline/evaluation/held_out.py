@@ -21,6 +21,9 @@ from chainrule.pipeline.stage import StageFailed
 class Encoded:
     """Samples of one split, through `tokenizer`; text gets the `eos` that pretokenize appends."""
 
+    known_as: Sequence[int] | None = None
+    """The model's number of each class; None where both count alike."""
+
     def __init__(
         self,
         shards: Shards,
@@ -93,6 +96,8 @@ class Encoded:
 class Stored:
     """The same face over a pretokenized set."""
 
+    known_as: Sequence[int] | None = None
+
     def __init__(self, tokens: TokenSet, limit: int | None = None) -> None:
         self.tokens = tokens
         self.shards, self.split = tokens.shards, tokens.split
@@ -148,18 +153,24 @@ def documents(
     """(t,) tokens of each document and, for a model with classes, its own."""
     for i in todo:
         document, meta = tokens[i]
-        yield document.ravel(), label_of(meta) if given is not None else None
+        yield document.ravel(), class_given(tokens, meta) if given is not None else None
 
 
 def conditions(tokens: HeldOut, metas: Sequence[dict[str, Any]], of: ConditionKind) -> np.ndarray:
     """What samples are conditioned on: (B,) classes, or (B, n) tokens of captions."""
     if of == "class" or tokens.captions is None:
-        return np.array([label_of(meta) for meta in metas])
+        return np.array([class_given(tokens, meta) for meta in metas])
     cond = np.full((len(metas), tokens.captions["longest"]), -1)
     for row, meta in enumerate(metas):
         ids = meta["caption_ids"][0]
         cond[row, : len(ids)] = ids
     return cond
+
+
+def class_given(tokens: HeldOut, meta: dict[str, Any]) -> int:
+    """A sample's class by the model's numbers; -1 where it has none."""
+    label = label_of(meta)
+    return label if tokens.known_as is None or label < 0 else tokens.known_as[label]
 
 
 def label_of(meta: dict[str, Any]) -> int:

@@ -175,6 +175,17 @@ def put_text(
             )
 
 
+def put_audio(figures: Figures, tokens: HeldOut, tally: Tally, bits: int) -> None:
+    """A sample of sound is one mu-law token, or two of the code of 16 `bits`."""
+    kept = "all its 16 bits" if bits == 16 else "its mu-law value of 8 bits"
+    figures.put(
+        "bits_per_audio_sample",
+        tally.mean / LN2 * bits / 8,
+        tokens.split,
+        f"bits of -log2 p a sample of sound ({kept})",
+    )
+
+
 def put_images(figures: Figures, tokens: HeldOut, tally: Tally) -> None:
     """Pixel space where the tokens are the pixels themselves, and only there."""
     if tokens.tokenizer_kind == "pixels" and tokens.vocabulary.size == 256:

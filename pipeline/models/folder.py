@@ -16,7 +16,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from chainrule.pipeline.artifact import ArtifactError, read_json, sha256_file, write_json
+from chainrule.pipeline.artifact import (
+    A_TRAINING,
+    ArtifactError,
+    is_training,
+    read_json,
+    sha256_file,
+    write_json,
+)
 from chainrule.pipeline.config import Settings, digest
 from chainrule.pipeline.models.contract import Autoregressive
 from chainrule.pipeline.models.decoder import Decoder
@@ -78,7 +85,7 @@ def load(
 
             return from_transformers(folder, device, dtype)
         what = f"has no {CARD}: not a model folder" if folder.is_dir() else "no such folder"
-        raise ArtifactError(f"{folder}: {what}")
+        raise ArtifactError(f"{folder}: {A_TRAINING if is_training(folder) else what}")
     card = read_card(folder)
     found = _fingerprint(card["model"], folder)
     if found != card["fingerprint"]:

@@ -377,8 +377,8 @@ def _prompt(prompt: str | list[int], source: Source) -> list[int]:
     if isinstance(prompt, str):
         if source.modality != "text" or source.tokenizer is None:
             raise SamplingError(
-                f"prompts: {prompt!r} is text and the model is not one of text; "
-                "give token ids, or leave prompts out"
+                f"prompts: {prompt!r} is text and the model is not one of text; give lists of "
+                "token ids (--set prompts=[[1, 2]]), or leave prompts out"
             )
         return _encoded(prompt, source.tokenizer)
     ranges = vocabulary["ranges"] if vocabulary else {}

@@ -64,7 +64,7 @@ def show(request: Request, source: Source, store: Store, stage: Stage) -> None:
                 if i < TRACKED:
                     stage.picture(path)
     elif "rows" in store.arrays:
-        np.savetxt(stage.folder / "rows.csv", store.read("rows"), fmt="%.7g", delimiter=",")
+        np.savetxt(stage.folder / "rows.csv", store.read("rows"), fmt="%.9g", delimiter=",")
     elif source.modality == "text" and source.tokenizer is not None:
         (stage.folder / "text").mkdir(exist_ok=True)
         for i, text in enumerate(texts(request, source, store)):

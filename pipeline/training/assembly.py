@@ -13,9 +13,12 @@ from chainrule.pipeline.data.batches import (
     mixture_of,
 )
 from chainrule.pipeline.data.reader import OnDamage
+from chainrule.pipeline.data.rows import LONGEST_EVENT, one_length
 from chainrule.pipeline.data.tokens import TokenSet
 from chainrule.pipeline.models.inputs import has_captions
 from chainrule.pipeline.models.registry import FAMILIES, PRESETS, faults_of, resolve
+
+NO_CLASS_OF_ITS_OWN = "a row of tokens holds several samples, or a part of one, and so no class"
 
 
 def known_model(spec: str | dict[str, Any]) -> str | dict[str, Any]:
@@ -54,13 +57,17 @@ def mixture(
     """The sets drawn by their weights (by the names of their stages). RequestError."""
     ordered = None
     if weights is not None:
-        names = [tokens.name for tokens in sets]
-        if set(weights) != set(names):
-            raise RequestError(
-                f"mixture_weights names {sorted(weights)}, the tokens are {sorted(names)}"
-            )
-        ordered = [weights[name] for name in names]
+        ordered = ordered_weights(weights, [tokens.name for tokens in sets])
     return mixture_of(sets, context=context, weights=ordered, seed=seed)
+
+
+def ordered_weights(weights: dict[str, float], names: Sequence[str]) -> list[float]:
+    """Each set's weight, in the order of the sets; RequestError where the names are others."""
+    if set(weights) != set(names):
+        raise RequestError(
+            f"mixture_weights names {sorted(weights)}, the tokens are {sorted(names)}"
+        )
+    return [weights[name] for name in names]
 
 
 def model_config(spec: str | dict[str, Any], sets: Sequence[TokenSet]) -> Settings:
@@ -90,7 +97,8 @@ def model_config(spec: str | dict[str, Any], sets: Sequence[TokenSet]) -> Settin
                 "leave it out"
             )
         filled["vocabulary_size"] = size
-    grids = {tokens.grid for tokens in sets}
+    fields = FAMILIES[_family(spec)][0].model_fields
+    grids = {_shape_of(tokens, asked, fields) for tokens in sets}
     if len(grids) == 1 and None not in grids:
         (grid,) = grids
         assert grid is not None
@@ -105,9 +113,6 @@ def model_config(spec: str | dict[str, Any], sets: Sequence[TokenSet]) -> Settin
                 f"model.context {asked['context']}: the tokens are grids of {grid}, "
                 f"{math.prod(grid)} elements; leave it out"
             )
-    family = _family(spec)
-    fields = FAMILIES[family][0].model_fields
-    classes = [len(tokens.classes) for tokens in sets if tokens.classes is not None]
     wanted = "captions" in fields and asked.get("captions") is not None
     captions = joint_captions(sets) if "captions" in fields else None
     if captions is not None and "event_shape" not in filled:
@@ -117,16 +122,74 @@ def model_config(spec: str | dict[str, Any], sets: Sequence[TokenSet]) -> Settin
                 "grids of one shape; leave it out, or set `size` in ingest"
             )
         captions = None
-    filled |= condition_settings(asked, fields, max(classes, default=None), captions)
+    labelled = [tokens for tokens in sets if tokens.classes is not None]
+    count = max((len(tokens.classes or ()) for tokens in labelled), default=None)
+    conditions = condition_settings(asked, fields, count, captions)
+    bos = vocabulary.specials.get("bos")
+    config = _resolved(spec, {**filled, **conditions}, bos)
+    if not labelled or getattr(config, "classes", None) is None:
+        return config
+    if any(one_length(tokens) == _elements(config) for tokens in labelled):
+        _require_same_classes(labelled)
+        return config
+    if asked.get("classes") is not None or asked.get("class_dropout"):
+        raise RequestError(
+            f"model.classes: {NO_CLASS_OF_ITS_OWN}; leave classes and class_dropout out, or give "
+            "samples of one length (ingest: `seconds` of recordings, `size` of pictures)"
+        )
+    without = {"classes": None, "class_dropout": 0.0}
+    return _resolved(spec, {**filled, **{k: v for k, v in without.items() if k in fields}}, bos)
+
+
+def _resolved(spec: str | dict[str, Any], filled: dict[str, Any], bos: int | None) -> Settings:
+    """The config, starting on `bos` where the family can and nothing else stands there."""
+    asked = {} if isinstance(spec, str) else spec
+    fields = FAMILIES[_family(spec)][0].model_fields
     if "bos" in fields and "bos" not in asked:
         conditioned = any(
-            asked.get(name, filled.get(name)) is not None for name in ("classes", "captions")
+            filled.get(name, asked.get(name)) is not None for name in ("classes", "captions")
         )
-        filled["bos"] = None if conditioned else vocabulary.specials.get("bos")
+        filled = {**filled, "bos": None if conditioned else bos}
     try:
         return resolve(spec, **filled)
     except ValueError as error:
         raise RequestError(str(error)) from None
+
+
+def _elements(config: Settings) -> int:
+    shape = getattr(config, "event_shape", None) or [getattr(config, "context", 0)]
+    return math.prod(shape)
+
+
+def _shape_of(
+    tokens: TokenSet, asked: dict[str, Any], fields: Container[str]
+) -> tuple[int, ...] | None:
+    """The shape of every sample, where rows are to be samples: grids always are, recordings of one
+    length where that length was asked for, or none was and they have classes to be given."""
+    length = one_length(tokens)
+    if tokens.grid is not None or length is None:
+        return tokens.grid
+    if asked.get("context") or asked.get("event_shape"):
+        wanted = asked.get("context") or math.prod(asked["event_shape"])
+        return (length,) if wanted == length else None
+    classes = tokens.classes is not None and "classes" in fields
+    meant = classes and asked.get("classes", 0) is not None
+    return (length,) if meant and length <= LONGEST_EVENT else None
+
+
+def _require_same_classes(labelled: Sequence[TokenSet]) -> None:
+    first = labelled[0]
+    for tokens in labelled[1:]:
+        if tokens.classes != first.classes:
+            raise RequestError(
+                f"the classes of {first.shards.folder} ({_listed(first.classes or ())}) are not "
+                f"those of {tokens.shards.folder} ({_listed(tokens.classes or ())}): their numbers "
+                "would mean different things; ingest them as one set, or set model.classes: null"
+            )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (", …" if len(names) > 6 else "")
 
 
 def condition_settings(
@@ -144,8 +207,11 @@ def condition_settings(
         # a preset may have some
         without = {"classes": None, "class_dropout": 0.0}
         return filled | {key: value for key, value in without.items() if key not in asked}
-    if classes is not None and "classes" in fields and "classes" not in asked:
-        return {"classes": classes}
+    if classes is not None and "classes" in fields:
+        given = asked.get("classes", classes)
+        if given is not None and given < classes:
+            raise RequestError(f"model.classes {given}: the tokens have {classes}; leave it out")
+        return {"classes": given}
     return {}
 
 

@@ -1,6 +1,7 @@
 """Loss on held-out tokens, and the best guess that ignores the context."""
 
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from itertools import islice
 
 import numpy as np
@@ -18,8 +19,16 @@ from chainrule.pipeline.training.objective import Objective
 class Validation:
     """The validation splits of the training sets, each row once, on all ranks."""
 
-    def __init__(self, sets: list[TokenSet], context: int, batch_size: int, seed: int) -> None:
-        """`sets` in the order of the training mixture, so that joint ids are the same.
+    def __init__(
+        self,
+        sets: list[TokenSet],
+        context: int,
+        batch_size: int,
+        seed: int,
+        shares: Sequence[float | Fraction] | None = None,
+    ) -> None:
+        """`sets` in the order of the training mixture, so that joint ids are the same, and the
+        `shares` of it that they have (None: equal ones).
 
         Rows lie in a fixed shuffled order: the first few batches are a fair sample.
         """
@@ -27,6 +36,7 @@ class Validation:
         self.names = [tokens.name for tokens in sets]
         self._single = [Mixture([m], vocabulary=whole.vocabulary) for m in whole.members]
         self._batch_size = batch_size
+        self.shares = [float(s) for s in shares or [Fraction(1, len(sets))] * len(sets)]
 
     def losses(
         self,
@@ -37,14 +47,14 @@ class Validation:
     ) -> dict[str, float]:
         """Nats an element over the first `batches` of each set, or the whole split.
 
-        `validation_loss` is the mean over the sets; of several, each has
+        `validation_loss` weighs the sets as the training mixture does; of several, each has
         `validation_loss.<name>` as well. `go_on` is called before each batch, and what it raises
         ends the validation. Collective.
         """
-        found: dict[str, float] = {}
+        found: list[float] = []
         engine.wrapped.eval()
         with torch.no_grad():
-            for name, mixture in zip(self.names, self._single, strict=True):
+            for mixture in self._single:
                 nats = elements = 0.0
                 stream = sequential(mixture, self._batch_size, engine.rank, engine.world_size)
                 for batch in islice(stream, batches):
@@ -52,12 +62,14 @@ class Validation:
                     nats += objective(engine.wrapped, batch.to(engine.device))[1].item()
                     elements += batch.tokens
                 nats, elements = engine.sum(nats, elements)
-                found[name] = nats / elements
+                found.append(nats / elements)
         engine.wrapped.train()
-        mean = {"validation_loss": sum(found.values()) / len(found)}
+        weighed = zip(self.shares, found, strict=True)
+        mean = {"validation_loss": sum(share * loss for share, loss in weighed)}
         if len(found) == 1:
             return mean
-        return mean | {f"validation_loss.{name}": loss for name, loss in found.items()}
+        each = zip(self.names, found, strict=True)
+        return mean | {f"validation_loss.{name}": loss for name, loss in each}
 
 
 def validation_sets(artifacts: Sequence[Artifact]) -> list[TokenSet]:
@@ -67,7 +79,10 @@ def validation_sets(artifacts: Sequence[Artifact]) -> list[TokenSet]:
         try:
             sets.append(TokenSet.open(artifact.folder, "validation"))
         except ArtifactError as error:
-            raise ArtifactError(f"{error}; ingest it with validation: 0.1") from None
+            raise ArtifactError(
+                f"{error}: set a larger `validation` in ingest or, where it has a few long texts, "
+                "cut them (source.document: paragraph, source.document_bytes)"
+            ) from None
     return sets
 
 
