@@ -92,6 +92,9 @@ def sample(
 ) -> None:
     """Draw from a model: text streams to the terminal, pictures and sound go to a folder.
 
+    The job's other settings go by --set: guidance, min_p, repetition_penalty, stop, gamma, dtype,
+    batch_size.
+
     Killed, it leaves OUT.partial; the same command goes on from there.
     """
     job: Any = job_module("sample")
