@@ -93,9 +93,7 @@ def test_too_few_classes_are_refused(alike: TokenSet) -> None:
 
 def test_sets_of_other_classes_are_not_mixed(alike: TokenSet, tmp_path: Path) -> None:
     other = recordings(tmp_path / "other", [20] * 4, ["low", "high"])
-    with pytest.raises(
-        RequestError, match=r"alike .high, low. are not those of .*other .low"
-    ):
+    with pytest.raises(RequestError, match=r"alike .high, low. are not those of .*other .low"):
         model_config(WAVENET, [alike, other])
 
 
