@@ -11,9 +11,9 @@ run that was never stopped: batch s is a function of (seed, s), and the state ho
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -21,11 +21,11 @@ from pydantic import Field, model_validator
 
 from chainrule.jobs.tokenizer_plan import on_paper
 from chainrule.jobs.tokenizer_trainer import LEARNED, Trainer
-from chainrule.pipeline.artifact import Artifact
-from chainrule.pipeline.config import Settings, runtime
+from chainrule.pipeline.config import RequestError, Settings, runtime
 from chainrule.pipeline.data.image_batches import ImageBatches
 from chainrule.pipeline.data.order import Permutation
 from chainrule.pipeline.data.reader import Sample, Shards
+from chainrule.pipeline.graph import Pipeline, StageSpec
 from chainrule.pipeline.heartbeat import beat
 from chainrule.pipeline.stage import Input, Stage, StageFailed
 from chainrule.pipeline.training.schedules import ScheduleSettings
@@ -44,7 +44,8 @@ from chainrule.tokenizers.vqvae import VQVAESettings
 
 __all__ = ["INPUTS", "Config", "is_learned", "main", "on_paper"]
 
-INPUTS: dict[str, Input] = {"data": Input(("ingest",))}
+INPUTS: dict[str, Input] = {"data": Input(("ingest",), many=True)}
+"""Several sets for tokenizers of text, which are to share one; one for the others."""
 
 AnySettings = Annotated[
     VQVAESettings
@@ -168,31 +169,64 @@ def is_learned(config: Config) -> bool:
     return config.tokenizer.kind in LEARNED
 
 
+def check(pipeline: Pipeline, spec: StageSpec) -> None:
+    """Refuse several sets for a tokenizer that learns from one."""
+    kind = cast(Config, spec.config).tokenizer.kind
+    if len(spec.inputs["data"]) > 1 and MODALITY[kind] != "text":
+        raise RequestError(
+            f"stage '{spec.name}': input data: a tokenizer of kind {kind} learns from one set, "
+            "tokenizers of text from several"
+        )
+
+
+class Together:
+    """Raw sets one after another, with what tokenizers of text read of `Shards`."""
+
+    def __init__(self, sets: Sequence[Shards]) -> None:
+        self._sets = sets
+
+    def count(self, split: str) -> int:
+        return sum(shards.count(split) for shards in self._sets)
+
+    def iterate(self, split: str) -> Iterator[Sample]:
+        for shards in self._sets:
+            yield from shards.iterate(split)
+
+    def read(self, split: str, number: int) -> Sample | None:
+        for shards in self._sets:
+            if number < shards.count(split):
+                return shards.read(split, number)
+            number -= shards.count(split)
+        raise IndexError(number)
+
+
 def main(config: Config, stage: Stage) -> None:
-    data = stage.input("data")
+    data = stage.inputs["data"]
     if (stage.folder / "card.json").is_file():
         _summarise(stage, read_card(stage.folder))
         Trainer.forget(stage)
         return
-    shards = Shards.open(data.folder)
+    sets = [Shards.open(found.folder) for found in data]
     kind = config.tokenizer.kind
-    of_captions = MODALITY[kind] == "text" and shards.captioned
-    if shards.modality != MODALITY[kind] and not of_captions:
-        raise StageFailed(
-            f"{data.folder}: holds {shards.modality}; tokenizer kind {kind} is for {MODALITY[kind]}"
-        )
+    for shards in sets:
+        of_captions = MODALITY[kind] == "text" and shards.captioned
+        if shards.modality != MODALITY[kind] and not of_captions:
+            raise StageFailed(
+                f"{shards.folder}: holds {shards.modality}; tokenizer kind {kind} is for "
+                f"{MODALITY[kind]}"
+            )
     health = None
     if is_learned(config):
-        tokenizer, health = train(config, stage, shards)
+        tokenizer, health = train(config, stage, sets[0])
     elif not stage.is_main:
         return
     else:
         try:
-            tokenizer = fit(config, shards)
+            tokenizer = fit(config, sets)
         except TokenizerError as error:
-            raise StageFailed(f"{data.folder}: {error}") from None
+            raise StageFailed(f"{sets[0].folder}: {error}") from None
     if stage.is_main:
-        finish(config, stage, data, shards, tokenizer, health)
+        finish(config, stage, sets, tokenizer, health)
         Trainer.forget(stage)
 
 
@@ -305,16 +339,17 @@ def validation(
 # --- fitted and fixed -------------------------------------------------------------------
 
 
-def fit(config: Config, shards: Shards) -> Tokenizer:
+def fit(config: Config, sets: Sequence[Shards]) -> Tokenizer:
     settings = config.tokenizer
     if isinstance(settings, SentencePieceSettings):
         return SentencePieceTokenizer.train(
-            settings, texts(shards, config.seed, settings.sample_bytes)
+            settings, texts(Together(sets), config.seed, settings.sample_bytes)
         )
     if isinstance(settings, CharacterSettings):
         return CharacterTokenizer.train(
-            text for sample in shards.iterate("train") for text in texts_of(sample)
+            text for sample in Together(sets).iterate("train") for text in texts_of(sample)
         )
+    shards = sets[0]
     if isinstance(settings, PaletteSettings):
         pixels = sample_pixels(shards, config.seed, settings.sample_pixels)
         return PaletteTokenizer.train(settings, pixels, config.seed)
@@ -328,7 +363,7 @@ def fit(config: Config, shards: Shards) -> Tokenizer:
     return ByteTokenizer()
 
 
-def texts(shards: Shards, seed: int, limit: int) -> Iterator[str]:
+def texts(shards: Together, seed: int, limit: int) -> Iterator[str]:
     """Training documents in an order drawn by the seed, until `limit` UTF-8 bytes."""
     n, taken = shards.count("train"), 0
     order = Permutation(n, seed)
@@ -379,8 +414,7 @@ def sample_pixels(shards: Shards, seed: int, limit: int) -> np.ndarray:
 def finish(
     config: Config,
     stage: Stage,
-    data: Artifact,
-    shards: Shards,
+    sets: Sequence[Shards],
     tokenizer: Tokenizer,
     health: dict[str, Any] | None,
 ) -> None:
@@ -388,13 +422,15 @@ def finish(
 
     `health`: what a learned tokenizer's ranks measured together.
     """
-    facts: dict[str, Any] = {"data": data.fingerprint}
+    prints = [found.fingerprint for found in stage.inputs["data"]]
+    facts: dict[str, Any] = {"data": prints[0] if len(prints) == 1 else prints}
+    shards = sets[0]
     if tokenizer.modality == "image":
         facts["health"] = health if health is not None else measured(tokenizer, shards)
         draw_reconstructions(tokenizer, shards, stage.folder / "reconstructions.png")
         stage.picture(stage.folder / "reconstructions.png")
     elif tokenizer.modality == "text":
-        facts["health"] = text_health(tokenizer, shards)
+        facts["health"] = text_health(tokenizer, Together(sets))
     if is_learned(config):
         facts["steps"] = config.steps
     if hasattr(tokenizer, "facts"):
@@ -412,7 +448,7 @@ def draw_reconstructions(tokenizer: Tokenizer, shards: Shards, path: Path) -> No
     Image.fromarray(picture[:, :, 0] if picture.shape[2] == 1 else picture).save(path)
 
 
-def text_health(tokenizer: Tokenizer, shards: Shards, limit: int = 20_000_000) -> dict[str, Any]:
+def text_health(tokenizer: Tokenizer, shards: Together, limit: int = 20_000_000) -> dict[str, Any]:
     """Bytes a token, vocabulary usage and lossless share over the validation documents.
 
     At most `limit` bytes of them, in order.

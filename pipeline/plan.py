@@ -202,7 +202,7 @@ def _tokenizer(
     from chainrule.pipeline.plan_memory import WEIGHT_BYTES, heap_of
 
     config: Any = spec.config
-    [data] = spec.inputs["data"]
+    data = spec.inputs["data"][0]
     image = image_shape(pipeline, data, config.crop)
     if image is None:
         return {

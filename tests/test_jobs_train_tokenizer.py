@@ -22,9 +22,11 @@ from chainrule.pipeline.artifact import Artifact
 from chainrule.pipeline.config import RequestError
 from chainrule.pipeline.data.image_batches import ImageBatches
 from chainrule.pipeline.data.reader import Shards
+from chainrule.pipeline.pipeline_file import load_pipeline
 from chainrule.pipeline.stage import Stage, StageFailed, StageInterrupted
 from chainrule.pipeline.training.checkpoints import CheckpointWriter
 from chainrule.tokenizers import interface
+from chainrule.tokenizers.interface import load
 
 TINY = {
     "kind": "vqvae",
@@ -444,6 +446,7 @@ from chainrule.jobs.train_tokenizer import measured
 from chainrule.pipeline.data.image_batches import ImageBatches
 from chainrule.pipeline.data.reader import Shards
 from chainrule.tokenizers import interface
+from chainrule.tokenizers.interface import load
 
 rank, store, tokenizer, data, out = int(sys.argv[1]), *sys.argv[2:]
 dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
@@ -684,3 +687,38 @@ def test_adversarial_is_the_default_of_vqgan_alone() -> None:
     assert train_tokenizer.Config.model_validate({"tokenizer": TINY}).adversarial is None
     with pytest.raises(ValidationError, match="would never start"):
         train_tokenizer.Config.model_validate({**vqgan, "steps": 5000})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"kind": "characters"}, {"kind": "sentencepiece", "vocabulary_size": 300}],
+    ids=["characters", "sentencepiece"],
+)
+def test_a_tokenizer_of_text_learns_from_several_sets(tmp_path: Path, settings: Any) -> None:
+    sets = []
+    for name, words in (("prose", "it was a dark night "), ("code", "def f(x): return x_ ")):
+        (tmp_path / f"{name}.txt").write_text("\n".join(words * (i % 5 + 1) for i in range(60)))
+        source = {"kind": "text", "path": str(tmp_path / f"{name}.txt"), "document": "line"}
+        sets.append(ingested(tmp_path / name, source=source))
+    stage = Stage("words", "test", "train_tokenizer", tmp_path / "out", "t", {"data": sets})
+    train_tokenizer.main(train_tokenizer.Config.model_validate({"tokenizer": settings}), stage)
+    tokenizer = load(tmp_path / "out")
+    for text in ("it was a dark night", "def f(x): return x_"):
+        [tokens] = tokenizer.encode([text])
+        assert tokenizer.decode([tokens]) == [text]
+        assert len(tokens) <= len(text)
+    assert stage.summary["documents"] == 12
+    assert stage.summary["exact"] == 1.0
+
+
+def test_other_tokenizers_learn_from_one_set(tmp_path: Path) -> None:
+    path = tmp_path / "two.yaml"
+    path.write_text(
+        "name: two\nstages:\n"
+        "  a: {job: ingest, source: {kind: sklearn-digits}}\n"
+        "  b: {job: ingest, source: {kind: sklearn-digits}, seed: 1}\n"
+        "  t: {job: train_tokenizer, inputs: {data: [a, b]}, tokenizer: {kind: pixels}}\n"
+    )
+    pipeline = load_pipeline(path, runs=tmp_path)
+    with pytest.raises(RequestError, match="kind pixels learns from one set"):
+        pipeline.check(["t"])
