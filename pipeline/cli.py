@@ -126,6 +126,9 @@ def run(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would run and print the merged config.")
     ] = False,
+    keep_going: Annotated[
+        bool, typer.Option("--keep-going", help="A failed stage ends only those that hang on it.")
+    ] = False,
 ) -> None:
     """Run what is not fresh, and say why."""
     pipeline = _load(config, overrides, runs, accept_collapsed)
@@ -138,7 +141,7 @@ def run(
             say(f"{what} {plan.name}  {plan.state}: {plan.reason}")
         _print_yaml(pipeline)
         return
-    raise typer.Exit(launch.run_pipeline(pipeline, selection, _write_report))
+    raise typer.Exit(launch.run_pipeline(pipeline, selection, _write_report, keep_going))
 
 
 def _load(

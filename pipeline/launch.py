@@ -13,7 +13,7 @@ from chainrule.pipeline.config import RequestError, nearest
 from chainrule.pipeline.graph import Pipeline, State
 from chainrule.pipeline.pipeline_run import PipelineRun
 from chainrule.pipeline.ranks import needs_ranks, run_ranks
-from chainrule.pipeline.stage import DONE, StageInterrupted, say
+from chainrule.pipeline.stage import DONE, FAILED, StageFailed, StageInterrupted, say
 from chainrule.pipeline.stage_run import run_here
 
 
@@ -85,9 +85,15 @@ def decide(pipeline: Pipeline, selection: Selection) -> list[Planned]:
 
 
 def run_pipeline(
-    pipeline: Pipeline, selection: Selection, on_done: Callable[[Pipeline], None] | None = None
+    pipeline: Pipeline,
+    selection: Selection,
+    on_done: Callable[[Pipeline], None] | None = None,
+    keep_going: bool = False,
 ) -> int:
-    """Run what is not fresh; the exit code. Every decision is said, with its reason."""
+    """Run what is not fresh; the exit code. Every decision is said, with its reason.
+
+    With `keep_going` a stage that failed ends only those that hang on it.
+    """
     planned = decide(pipeline, selection)
     todo = [plan for plan in planned if plan.runs]
     if not todo:
@@ -100,28 +106,47 @@ def run_pipeline(
     parent = PipelineRun(pipeline)
     parent.begin()
     status = "FAILED"
+    failed: dict[str, str] = {}
     try:
         for number, plan in enumerate(todo, 1):
-            if plan.name in selection.force:
-                discard_unfinished(pipeline.folder(plan.name))
-            began = time.monotonic()
-            say(f"[{number}/{len(todo)}] {plan.name} ({pipeline.stages[plan.name].job})")
-            if needs_ranks(pipeline.stages[plan.name]):
-                run_ranks(pipeline, plan.name)
-            else:
-                run_here(pipeline, plan.name)
-            metrics = _headline(Artifact.open(pipeline.folder(plan.name)).metrics)
-            say(f"  {plan.name}: done in {time.monotonic() - began:.1f} s{metrics}")
-        status = "FINISHED"
+            spec = pipeline.stages[plan.name]
+            lacking = [name for name in spec.upstream() if name in failed]
+            if lacking:
+                failed[plan.name] = f"needs {lacking[0]}"
+                continue
+            say(f"[{number}/{len(todo)}] {plan.name} ({spec.job})")
+            try:
+                _run_one(pipeline, plan.name, begin_anew=plan.name in selection.force)
+            except StageFailed as error:
+                if not keep_going:
+                    raise
+                say(f"error: {error}")
+                failed[plan.name] = str(error).splitlines()[0]
+        if not failed:
+            status = "FINISHED"
         if on_done is not None:
             on_done(pipeline)
             parent.file(pipeline.root / "report.html")
-        return DONE
+        for name, why in failed.items():
+            say(f"not done: {name}: {why}")
+        return FAILED if failed else DONE
     except (StageInterrupted, KeyboardInterrupt):
         status = "KILLED"
         raise
     finally:
         parent.finish(status)
+
+
+def _run_one(pipeline: Pipeline, name: str, begin_anew: bool) -> None:
+    if begin_anew:
+        discard_unfinished(pipeline.folder(name))
+    began = time.monotonic()
+    if needs_ranks(pipeline.stages[name]):
+        run_ranks(pipeline, name)
+    else:
+        run_here(pipeline, name)
+    metrics = _headline(Artifact.open(pipeline.folder(name)).metrics)
+    say(f"  {name}: done in {time.monotonic() - began:.1f} s{metrics}")
 
 
 def discard_unfinished(folder: Path) -> None:

@@ -85,9 +85,12 @@ def _free_port() -> int:
 
 
 def _wait_for(ranks: list[subprocess.Popen]) -> list[int]:
-    """Exit codes of all ranks; the first bad one ends the rest after a grace of 10 s."""
+    """Exit codes of all ranks; the first bad one ends the rest after a grace of 10 s. A signal
+    goes on to them; one that all had ended before they heard it is passed on as it came."""
+    came: list[int] = []
 
     def forward(number: int, _frame: Any) -> None:
+        came.append(number)
         for process in ranks:
             if process.poll() is None:
                 process.send_signal(number)
@@ -111,7 +114,10 @@ def _wait_for(ranks: list[subprocess.Popen]) -> list[int]:
             if process.poll() is None:
                 process.kill()
             process.wait()
-    return [process.returncode for process in ranks]
+    codes = [process.returncode for process in ranks]
+    if came and not any(codes):
+        signal.raise_signal(came[0])
+    return codes
 
 
 def die_with_parent() -> None:

@@ -1,5 +1,6 @@
 """Pipeline files: parsing, overrides, faults by file and line, order, fingerprints, states."""
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +20,7 @@ from chainrule.pipeline.config import RequestError, Settings, runtime
 from chainrule.pipeline.graph import State
 from chainrule.pipeline.launch import Selection
 from chainrule.pipeline.pipeline_file import load_pipeline
-from chainrule.pipeline.stage import Input, Stage, StageFailed
+from chainrule.pipeline.stage import DONE, FAILED, Input, Stage, StageFailed
 
 
 class Inner(Settings):
@@ -218,6 +219,24 @@ def test_a_failed_stage_is_taken_up_where_it_stopped(config: Path) -> None:
     launch.run_pipeline(load(config, "c.fail=true"), Selection())
     assert (load(config).folder("c") / "attempts.txt").read_text() == "xx"
     assert states(config, "c.fail=true")["d"] == "fresh"
+
+
+def test_a_failure_ends_what_hangs_on_it_and_with_keep_going_no_more(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.write_text(TEXT + "  e: {job: write, text: three}\n")
+    with pytest.raises(StageFailed):
+        launch.run_pipeline(load(config, "c.fail=true"), Selection())
+    assert states(config, "c.fail=true")["e"] == "new"
+    shutil.rmtree(load(config).root / "c.partial")
+    pipeline = load(config, "c.fail=true")
+    assert launch.run_pipeline(pipeline, Selection(), keep_going=True) == FAILED
+    found = states(config, "c.fail=true")
+    assert (found["c"], found["d"], found["e"]) == ("failed", "new", "fresh")
+    said = capsys.readouterr().err
+    assert "not done: c: the first attempt fails" in said
+    assert "not done: d: needs c" in said
+    assert launch.run_pipeline(load(config, "c.fail=true"), Selection(), keep_going=True) == DONE
 
 
 def test_unfinished_work_under_other_settings_is_dropped(config: Path) -> None:
