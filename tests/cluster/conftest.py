@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,8 @@ class Cluster:
         self.top, self.job_age_s, self.accounting = top, job_age_s, accounting
         self.conf = top / "slurm.conf"
         self.daemons: dict[str, subprocess.Popen] = {}
+        self.held: dict[str, set[int]] = {}
+        """slurmstepd processes of nodes that lost their slurmd: stopped, so as not to report."""
         self.env = {
             **{k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH"))},
             "SLURM_CONF": str(self.conf),
@@ -189,21 +191,26 @@ class Cluster:
         self.wait_until(lambda: not _is_free(port), 60, "slurmdbd")
 
     def start_node(self, name: str) -> None:
+        _signal(self.held.pop(name, set()), signal.SIGKILL)
         self._spawn(name, ["slurmd", "-D", "-N", name, "-f", str(self.conf)])
 
     def kill_node(self, name: str, only_slurmd: bool = False) -> None:
-        """SIGKILL a node's slurmd, and with it the steps and tasks that run there."""
+        """SIGKILL a node's slurmd, and with it the steps and tasks that run there.
+
+        With `only_slurmd` the tasks go on; a lost node does not report how they end (here srun
+        of the job's next attempt may listen at the port where the last one did).
+        """
         self.daemons[name].kill()
         self.daemons[name].wait()
-        if only_slurmd:
-            return
         tasks = [p for p in self.processes() if f"SLURMD_NODENAME={name}" in _environment(p)]
         stepds = {_parent(p) for p in tasks} & set(self.processes("slurmstepd: "))
+        if only_slurmd:
+            _signal(stepds, signal.SIGSTOP)
+            self.held[name] = stepds
+            return
         # the daemons first, and all held: a lost node does not report how its tasks ended
         for number in (signal.SIGSTOP, signal.SIGKILL):
-            for pid in (*stepds, *tasks):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, number)
+            _signal((*stepds, *tasks), number)
 
     def _spawn(self, name: str, command: list[str]) -> None:
         with open(self.top / "log" / f"{name}.out", "ab") as log:
@@ -280,6 +287,12 @@ class Cluster:
         for pid in self.processes():
             if pid != os.getpid():
                 os.kill(pid, signal.SIGKILL)
+
+
+def _signal(pids: Iterable[int], number: int) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def _read(path: Path) -> bytes:

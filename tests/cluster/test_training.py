@@ -268,8 +268,10 @@ def test_only_slurmd_dies_and_the_old_step_goes_on(
         lambda: len(attempts_in(training)) == 2, 90, "a second attempt", lambda: training.log(job)
     )
     os.kill(old, signal.SIGCONT)
-    training.ends(job)
-    training.cluster.start_node(node)
+    try:
+        training.ends(job)
+    finally:  # else the tests that follow have one node
+        training.cluster.start_node(node)
     log = training.root / ".locks" / "decoder.fence.log"
     assert f"attempt {job}.0 was replaced by {job}.1" in log.read_text()
     assert training.reasons() == [None, "node failure"]
