@@ -13,6 +13,7 @@
 4. Started again, `mine` gives only the shards without a valid part; `finish` checks them all.
 """
 
+import contextlib
 import os
 import shutil
 import time
@@ -195,7 +196,10 @@ class Store:
         for left in self.folder.glob(f".{NAME}.*.tmp"):  # by a writer killed in `_create`
             shutil.rmtree(left)
         write_json(self.folder / MANIFEST, {**self.header, "shards": parts})
-        shutil.rmtree(self.folder / PARTS)
+        parts_folder = self.folder / PARTS
+        while parts_folder.exists():  # a rank that opens the finished store removes it as well
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(parts_folder)
 
     # --- inside ----------------------------------------------------------------------------
 
