@@ -336,8 +336,7 @@ def train(config: Config, stage: Stage, engine: Engine, stop: StopSignals) -> No
     if stage.is_main:
         stage.summary.update(run.final)
         guesses = [context_free_loss(a, b) for a, b in zip(sets, held_out, strict=True)]
-        weighed = zip(validation.shares, guesses, strict=True)
-        stage.summary["unigram_loss"] = sum(share * guess for share, guess in weighed)
+        stage.summary["unigram_loss"] = validation.mean(guesses)
         stage.summary["parameters"] = engine.parameter_count
         stage.summary["tokens_seen"] = run.tokens_seen
         stage.summary["best_step"] = run.best_step
@@ -376,9 +375,9 @@ def unlikely(
     drawn: Mixture, batch_size: int, asked: str | dict[str, Any], model: Settings
 ) -> Iterator[str]:
     """What can be meant, but hardly is."""
-    takes_classes = getattr(model, "classes", 0) is None and not has_captions(model)
+    has_none = getattr(model, "classes", 0) is None and not has_captions(model)
     meant = isinstance(asked, dict) and "classes" in asked
-    if takes_classes and not meant and any(m.tokens.classes for m in drawn.members):
+    if has_none and not meant and any(m.tokens.classes for m in drawn.members):
         yield f"the classes are left out: {assembly.NO_CLASS_OF_ITS_OWN}"
     rows = sum(len(member.rows) for member in drawn.members)
     if batch_size > rows:

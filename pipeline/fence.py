@@ -19,6 +19,7 @@ from pathlib import Path
 
 from chainrule.pipeline import artifact
 from chainrule.pipeline.artifact import StageLocked
+from chainrule.pipeline.whole_file import write_whole
 
 LOOK_EVERY_S = 0.5
 NOTICE_WITHIN_S = 3 * LOOK_EVERY_S
@@ -55,9 +56,7 @@ class Fence:
 
     def take(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        temporary.write_text(self.attempt + "\n")
-        temporary.replace(self.path)
+        write_whole(self.path, self.attempt + "\n")
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:

@@ -209,14 +209,7 @@ def _tokenizer(
             "note": f"planned once '{data}' has run: the size of its images is not known "
             "(source.size, or crop here, would settle it)"
         }
-    ranks = ranks_of(spec)
-    parts = ranks * config.accumulate
-    if config.batch_size % parts:
-        raise RequestError(
-            f"stage '{spec.name}': batch_size {config.batch_size} does not divide by {ranks} ranks "
-            f"x accumulate {config.accumulate}; take a multiple of {parts}"
-        )
-    rows = config.batch_size // parts
+    ranks, rows = ranks_of(spec), rows_of(spec)
     try:
         paper = spec.module.on_paper(config, *image)
     except (ValueError, RequestError) as error:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from chainrule.pipeline.data.reader import ShardError, Shards
+from chainrule.pipeline.data.reader import Sample, ShardError, Shards
 from chainrule.pipeline.data.tokens import OF_ONE_SHAPE, TokenSet
 from chainrule.pipeline.data.vocabulary import Vocabulary
 from chainrule.pipeline.stage import StageFailed
@@ -57,7 +57,7 @@ class Encoded:
     def __getitem__(self, i: int) -> tuple[np.ndarray, dict[str, Any]]:
         sample = self.shards.read(self.split, self.chosen[i])
         assert sample is not None  # shards opened to stop at damage raise instead
-        meta = self.meta(i)
+        meta = self._meta_of(sample)
         if self.captioner is not None and self.captions is not None:
             [ids] = self.captioner.encode(meta["captions"][:1])
             meta["caption_ids"] = [ids[: self.captions["longest"]].tolist()]
@@ -66,6 +66,9 @@ class Encoded:
     def meta(self, i: int) -> dict[str, Any]:
         sample = self.shards.read(self.split, self.chosen[i])
         assert sample is not None
+        return self._meta_of(sample)
+
+    def _meta_of(self, sample: Sample) -> dict[str, Any]:
         meta = dict(sample.meta)
         if self.modality == "text":
             meta["bytes"] = len(sample.members["txt"])

@@ -18,6 +18,8 @@ from chainrule.pipeline.data.tokens import TokenSet
 from chainrule.pipeline.models.inputs import has_captions
 from chainrule.pipeline.models.registry import FAMILIES, PRESETS, faults_of, resolve
 
+WITHOUT_CLASSES: dict[str, Any] = {"classes": None, "class_dropout": 0.0}
+"""Said of a model that is to have none, since a preset may have some."""
 NO_CLASS_OF_ITS_OWN = "a row of tokens holds several samples, or a part of one, and so no class"
 
 
@@ -137,8 +139,8 @@ def model_config(spec: str | dict[str, Any], sets: Sequence[TokenSet]) -> Settin
             f"model.classes: {NO_CLASS_OF_ITS_OWN}; leave classes and class_dropout out, or give "
             "samples of one length (ingest: `seconds` of recordings, `size` of pictures)"
         )
-    without = {"classes": None, "class_dropout": 0.0}
-    return _resolved(spec, {**filled, **{k: v for k, v in without.items() if k in fields}}, bos)
+    without = {key: value for key, value in WITHOUT_CLASSES.items() if key in fields}
+    return _resolved(spec, {**filled, **without}, bos)
 
 
 def _resolved(spec: str | dict[str, Any], filled: dict[str, Any], bos: int | None) -> Settings:
@@ -204,9 +206,8 @@ def condition_settings(
     unasked = captions is not None and "captions" not in asked and asked.get("classes") is None
     if "captions" in fields and (wanted is not None or unasked):
         filled = {"captions": _captions(wanted or {}, captions)}
-        # a preset may have some
-        without = {"classes": None, "class_dropout": 0.0}
-        return filled | {key: value for key, value in without.items() if key not in asked}
+        without = {key: value for key, value in WITHOUT_CLASSES.items() if key not in asked}
+        return filled | without
     if classes is not None and "classes" in fields:
         given = asked.get("classes", classes)
         if given is not None and given < classes:

@@ -36,7 +36,11 @@ class Validation:
         self.names = [tokens.name for tokens in sets]
         self._single = [Mixture([m], vocabulary=whole.vocabulary) for m in whole.members]
         self._batch_size = batch_size
-        self.shares = [float(s) for s in shares or [Fraction(1, len(sets))] * len(sets)]
+        self._shares = [float(s) for s in shares or [Fraction(1, len(sets))] * len(sets)]
+
+    def mean(self, figures: Sequence[float]) -> float:
+        """One figure of the sets' own, weighed as the training mixture weighs them."""
+        return sum(s * figure for s, figure in zip(self._shares, figures, strict=True))
 
     def losses(
         self,
@@ -64,8 +68,7 @@ class Validation:
                 nats, elements = engine.sum(nats, elements)
                 found.append(nats / elements)
         engine.wrapped.train()
-        weighed = zip(self.shares, found, strict=True)
-        mean = {"validation_loss": sum(share * loss for share, loss in weighed)}
+        mean = {"validation_loss": self.mean(found)}
         if len(found) == 1:
             return mean
         each = zip(self.names, found, strict=True)
