@@ -1,12 +1,11 @@
-"""Attention over a whole sequence, for training and scoring: who sees whom, by which kernel.
+"""Attention: who sees whom, by which kernel.
 
     torch's   scaled_dot_product_attention; on a GPU with plain causality that is the flash kernel
     flex      FlexAttention, on a GPU where a window or documents limit what is seen: blocks that
               nobody sees are skipped (Dong et al. 2024)
     written   three products, in bf16 on a CPU when training: there the backward pass of torch's
               kernel is 2 to 7 times slower than they are (contexts of 256 and 64)
-
-A cursor's steps have kernels of their own (kv_cache.py).
+    grouped   in a cursor's steps: one query or few; no key is repeated for the heads that share it
 
 Legend: B batch, T elements, H heads, K key/value heads, d width of a head.
 """
@@ -178,3 +177,19 @@ def written_out_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, dropout
     if dropout:
         weights = F.dropout(weights, dropout)
     return (weights @ v).view(batch, heads, length, width)
+
+
+def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v with H/K queries to a key, without repeating the keys.
+
+    q (B, H, t, d), k and v (B, K, n, d), mask (t, n) or (B, 1, t, n) bool, None only where t is 1
+    and sees all.
+    """
+    batch, heads, length, width = q.shape
+    kv_heads = k.shape[1]
+    if length == 1 and heads != kv_heads:
+        # All see the same: the queries of a key's group are as good as a sequence.
+        q = q.reshape(batch, kv_heads, heads // kv_heads, width)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return y.reshape(batch, heads, length, width)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=heads != kv_heads)

@@ -16,11 +16,12 @@ import itertools
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from chainrule.pipeline.models.attention import grouped_attention
 from chainrule.pipeline.models.contract import Conditional
 from chainrule.pipeline.models.cursors import CachedCursor
+from chainrule.pipeline.models.graph_steps import graph_steps_of
 from chainrule.pipeline.models.native_steps import NativeSteps, steps_of
 
 if TYPE_CHECKING:
@@ -102,20 +103,6 @@ class KVCache:
         return torch.ones(length, held, dtype=torch.bool, device=device).tril(held - length)
 
 
-def grouped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v with H/K queries to a key, without repeating the keys.
-
-    q (B, H, t, d), k and v (B, K, n, d), mask (t, n) bool, None only where t is 1 and sees all.
-    """
-    batch, heads, length, width = q.shape
-    kv_heads = k.shape[1]
-    if mask is None and heads != kv_heads:
-        # One query looks at everything: the queries of a key's group are as good as a sequence.
-        q = q.reshape(batch, kv_heads, heads // kv_heads, width)
-        return F.scaled_dot_product_attention(q, k, v).reshape(batch, heads, length, width)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=heads != kv_heads)
-
-
 def ring_window(config: "DecoderConfig") -> int | None:
     """The window of a model that does not see a whole event, None for others."""
     return config.window if config.window is not None and config.window < config.inputs else None
@@ -169,6 +156,7 @@ class DecoderCursor(CachedCursor):
         with torch.no_grad():
             self.start = model.start_vectors(cond, batch)
             self._native = steps_of(model, self.cache.keys, self.cache.values)
+            self._graphs = graph_steps_of(model, self.cache)
         self._start()
 
     @property
@@ -210,6 +198,8 @@ class DecoderCursor(CachedCursor):
         # In C all inputs are kept before the first one looks back.
         if self._native is not None and (not cache.ring or length <= self._spare + 1):
             return self._feed_native(self._native, first, length, h)
+        if self._graphs is not None and length == 1:
+            return self._graphs(h, first)
         rope = model.rope(first, end, h)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

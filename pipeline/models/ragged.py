@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from chainrule.pipeline.models.attention import grouped_attention
 from chainrule.pipeline.models.contract import Conditional
 from chainrule.pipeline.models.decoder import Decoder
 from chainrule.pipeline.models.inputs import check_values
-from chainrule.pipeline.models.kv_cache import SPARE, grouped_attention, ring_window, slots_of
+from chainrule.pipeline.models.kv_cache import SPARE, ring_window, slots_of
 from chainrule.pipeline.models.native_steps import steps_of
 
 
