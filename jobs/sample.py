@@ -196,6 +196,8 @@ class Work:
                     "elements come after drawn ones in the model's order: what is drawn before "
                     "them has not seen them (exact: what is kept first in that order)"
                 )
+        if config.recording is not None:
+            settings["input recording"] = sha256_file(config.recording.file)
         for role in ("draft", "tokens"):
             given = stage.optional(role)
             if given is not None:
@@ -276,11 +278,12 @@ def together(config: Config) -> int:
 
 def source_files(config: Config) -> list[Path]:
     """Files whose content enters the stage's fingerprint. SamplingError for a missing one."""
-    if config.picture is None:
-        return []
-    if not config.picture.file.is_file():
-        raise SamplingError(f"picture: {config.picture.file}: no such file")
-    return [config.picture.file]
+    asked = {"picture": config.picture, "recording": config.recording}
+    files = {name: of.file for name, of in asked.items() if of is not None}
+    for name, file in files.items():
+        if not file.is_file():
+            raise SamplingError(f"{name}: {file}: no such file")
+    return list(files.values())
 
 
 def pictured(config: Config, source: Source) -> Given | None:

@@ -73,6 +73,12 @@ def sample(
         str | None,
         typer.Option(help="What of it: top:0.5 (the default), left:0.5, outside:x0,y0,x1,y1."),
     ] = None,
+    audio: Annotated[
+        Path | None, typer.Option(help="A sound file whose beginning is kept, the rest drawn.")
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="How much of --audio; half of what the model makes.")
+    ] = None,
     length: Annotated[int | None, typer.Option(help="Elements after the prompt.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 takes the mode.")] = None,
     top_k: Annotated[int | None, typer.Option()] = None,
@@ -101,12 +107,16 @@ def sample(
     if keep is not None and image is None:
         raise RequestError("--keep: says what is kept of --image FILE; give that too")
     picture = None if image is None else {"file": image, **({"keep": keep} if keep else {})}
+    if seconds is not None and audio is None:
+        raise RequestError("--seconds: says what is kept of --audio FILE; give that too")
+    recording = None if audio is None else {"file": audio, "seconds": seconds}
     prompts = [unescaped(p) for p in prompt or []]
     values: dict[str, Any] = {
         "number": n,
         "classes": classes or None,
         "prompts": prompts or None,
         "picture": picture,
+        "recording": recording,
         "length": length,
         "temperature": temperature,
         "top_k": top_k,

@@ -9,7 +9,7 @@ import time
 import wave
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pydantic
@@ -23,6 +23,7 @@ from chainrule.jobs.sample import Config, main, open_source, sample_folder, sett
 from chainrule.pipeline import build, load
 from chainrule.pipeline.artifact import Artifact, ArtifactError, LineageError
 from chainrule.pipeline.cli_model import app
+from chainrule.pipeline.data.audio import encode_flac
 from chainrule.pipeline.models import native_steps
 from chainrule.pipeline.models.folder import save
 from chainrule.pipeline.sampling import show
@@ -34,7 +35,7 @@ from chainrule.pipeline.sampling.text import StopStrings, stream
 from chainrule.pipeline.stage import Stage
 from chainrule.tokenizers.bytes import ByteTokenizer
 from chainrule.tokenizers.characters import CharacterTokenizer
-from chainrule.tokenizers.mulaw import MuLawTokenizer
+from chainrule.tokenizers.mulaw import MuLawSettings, MuLawTokenizer
 from chainrule.tokenizers.pixels import PixelTokenizer
 
 NAMES = ["cat", "dog", "owl"]
@@ -499,8 +500,6 @@ def test_streamed_text_is_the_stored_text(text: Path, tmp_path: Path) -> None:
 
 
 def test_sound(tmp_path: Path) -> None:
-    from chainrule.tokenizers.mulaw import MuLawSettings
-
     tokenizer = MuLawTokenizer(MuLawSettings(), 16000)
     size = tokenizer.vocabulary["size"]
     model = build({"family": "llama", "vocabulary_size": size, "context": 50, **TINY}, seed=0)
@@ -513,6 +512,65 @@ def test_sound(tmp_path: Path) -> None:
         assert file.getframerate() == tokenizer.card()["sample_rate"]
         frames = np.frombuffer(file.readframes(50), dtype="<i2")
     np.testing.assert_array_equal(frames, audio[1])
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_recording_is_continued(
+    bits: Literal[8, 16], tmp_path: Path, run: Callable[..., tuple[int, str]]
+) -> None:
+    tokenizer = MuLawTokenizer(MuLawSettings(bits=bits), 1000)
+    model = build({"family": "llama", "vocabulary_size": 256, "context": 80, **TINY}, seed=0)
+    folder = hand_off(tmp_path / "model", model, tokenizer)
+    wave_ = np.sin(np.arange(60) / 3) * 20_000
+    (tmp_path / "mine.flac").write_bytes(encode_flac(wave_.astype(np.int16), 1000))
+    kept, per_sample = 20, bits // 8
+    command = ["sample", folder, "--audio", tmp_path / "mine.flac", "--n", 2]
+
+    code, message = run(*command, "--seconds", kept / 1000, "-o", tmp_path / "out")
+    assert code == 0, message
+    store = Store.open(tmp_path / "out")
+    assert store.read("audio").shape == (2, 80 // per_sample)
+    given = tokenizer.encode([wave_.astype(np.int16)[:kept]])[0]
+    tokens = store.read("tokens")
+    assert (tokens[:, : kept * per_sample] == given).all()
+    assert (tokens[0, kept * per_sample :] != tokens[1, kept * per_sample :]).any()
+
+    code, message = run(*command, "-o", tmp_path / "half")
+    assert code == 0, message
+    half = tokenizer.encode([wave_.astype(np.int16)])[0][:40]  # of what the model makes
+    assert (Store.open(tmp_path / "half").read("tokens")[:, :40] == half).all()
+
+    for more, said in (
+        (("--seconds", 9), "some must be left to draw; set seconds"),
+        (("--set", "prompts=[[1, 2]]"), "recording, prompts, complete: give one of them"),
+    ):
+        code, message = run(*command, *more, "-o", tmp_path / "refused")
+        assert code == 2
+        assert said in message
+
+
+def test_recordings_that_cannot_be_continued(
+    pictures: Path, tmp_path: Path, run: Callable[..., tuple[int, str]]
+) -> None:
+    (tmp_path / "a.wav").write_bytes(b"no sound")
+    code, message = run("sample", pictures, "--audio", tmp_path / "a.wav", "-o", tmp_path / "out")
+    assert (code, message.count("\n")) == (2, 1)
+    assert "recording: the model is not one of sound" in message
+    code, message = run("sample", pictures, "--seconds", 1, "-o", tmp_path / "out")
+    assert code == 2
+    assert "--seconds: says what is kept of --audio" in message
+
+    model = build({"family": "llama", "vocabulary_size": 256, "context": 80, **TINY}, seed=0)
+    folder = hand_off(tmp_path / "model", model, MuLawTokenizer(MuLawSettings(), 1000))
+    (tmp_path / "b.flac").write_bytes(encode_flac(np.zeros(30, np.int16), 1000))
+    for name, said in (
+        ("a.wav", "a.wav: damaged"),
+        ("b.flac", "b.flac: is 0.03 s long, 0.04 s are to be kept; set seconds to 0.03 or less"),
+        ("none.wav", "none.wav: No such file"),
+    ):
+        code, message = run("sample", folder, "--audio", tmp_path / name, "-o", tmp_path / "out")
+        assert code == 2
+        assert said in message
 
 
 def test_real_numbers_without_a_tokenizer(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from chainrule.pipeline.models.inputs import drop_rate, has_captions, is_conditi
 from chainrule.pipeline.sampling.completion import Given, Picture
 from chainrule.pipeline.sampling.drafts import DraftSettings
 from chainrule.pipeline.sampling.filters import Filters, Guidance
+from chainrule.pipeline.sampling.recording import Recording, beginning_of
 from chainrule.pipeline.sampling.sampler import Plan, Rules, SamplingError, pack_prompts
 from chainrule.pipeline.sampling.speculative import Gamma
 from chainrule.pipeline.sampling.text import StopStrings
@@ -56,6 +57,9 @@ class Config(Filters):
     )
     picture: Picture | None = Field(
         None, description="a picture file of which a part is kept and the rest is drawn"
+    )
+    recording: Recording | None = Field(
+        None, description="a sound file whose beginning is kept and whose continuation is drawn"
     )
     length: int | None = Field(
         None, ge=1, description="elements drawn after the prompt; default: as many as fit"
@@ -263,6 +267,10 @@ def settle(
         prompts = [b.tokens[: max(1, round(share * len(b.tokens)))].tolist() for b in begun]
     if given is not None and (asked is not None or begun is not None):
         raise SamplingError("picture, prompts, complete: give one of them")
+    if config.recording is not None:
+        if asked is not None or begun is not None:
+            raise SamplingError("recording, prompts, complete: give one of them")
+        prompts = [beginning_of(config.recording, source)]
     longest = max(len(prompt) for prompt in prompts)
     length = config.length if config.length is not None else source.elements - longest
     if length < 1 or longest + length > source.elements:
