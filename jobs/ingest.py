@@ -140,6 +140,7 @@ def main(config: Config, stage: Stage) -> None:
         classes=source.classes,
         captioned=source.captioned or config.caption_templates is not None,
         shards=len(shards),
+        **({"columns": source.columns} if source.columns is not None else {}),
     )
     counts = {name: _samples(index, name) for name in SPLITS}
     if counts["train"] == 0:

@@ -113,6 +113,7 @@ def open_inputs(config: Config, stage: Stage) -> Opened:
     if config.encoder == "gigatoken":
         _use_gigatoken(shards, tokenizer, folder)
     _require_rate(raw.folder, shards, folder, tokenizer)
+    _require_columns(raw.folder, shards, folder, tokenizer)
     health = tokenizer.card().get("health", {})
     usage = health.get("usage_of_reachable")
     if usage is not None and usage < config.minimum_usage and not config.accept_collapsed:
@@ -172,6 +173,16 @@ def _require_rate(data: Path, shards: Shards, folder: Path, tokenizer: Tokenizer
         raise StageFailed(
             f"{data}: recordings at {first.meta['sample_rate']} Hz, the tokenizer of {folder} "
             f"takes {wanted} Hz; set sample_rate: {wanted} in ingest"
+        )
+
+
+def _require_columns(data: Path, shards: Shards, folder: Path, tokenizer: Tokenizer) -> None:
+    """A table must have the columns that were standardised, in their order."""
+    learned = tokenizer.card().get("columns")
+    if learned is not None and shards.columns is not None and shards.columns != learned:
+        raise StageFailed(
+            f"{data}: columns {', '.join(shards.columns)}; the tokenizer of {folder} takes "
+            f"{', '.join(learned)}; set `columns` in ingest"
         )
 
 

@@ -356,7 +356,8 @@ def fit(config: Config, sets: Sequence[Shards]) -> Tokenizer:
     if isinstance(settings, MuLawSettings):
         return MuLawTokenizer(settings, next(shards.iterate("train")).audio()[1])
     if isinstance(settings, StandardizeSettings):
-        return StandardizeTokenizer.train(sample.values() for sample in shards.iterate("train"))
+        rows = (sample.values() for sample in shards.iterate("train"))
+        return StandardizeTokenizer.train(rows, shards.columns)
     if isinstance(settings, PixelSettings):
         return PixelTokenizer(settings)
     assert isinstance(settings, ByteSettings)

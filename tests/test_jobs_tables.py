@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from chainrule.pipeline.config import RequestError
+from chainrule.pipeline.data.arrays import Table
 from chainrule.pipeline.data.batches import joint_vocabulary, mixture_of
 from chainrule.pipeline.data.tokens import TokenSet
 from chainrule.pipeline.evaluation import densities
+from chainrule.pipeline.sampling.store import Store
 from chainrule.tokenizers import interface
 from chainrule.tokenizers.interface import TokenizerError
 from chainrule.tokenizers.standardize import StandardizeTokenizer
@@ -72,7 +74,11 @@ def test_a_table_through_the_whole_pipeline(family: str, tmp_path: Path) -> None
     card = json.loads((made / "standard" / "card.json").read_text())
     own = figures["nats_per_row"] + sum(math.log(d) for d in card["deviation"])
     assert figures["nats_per_row.own_units"] == pytest.approx(own)
-    drawn = np.loadtxt(made / "samples" / "rows.csv", delimiter=",")
+    drawn = np.loadtxt(made / "samples" / "rows.csv", delimiter=",", skiprows=1)
+    again = Table(kind="table", path=made / "samples" / "rows.csv").open()
+    assert again.columns == ["column0", "column1", "column2"]
+    assert np.array_equal(np.frombuffer(again.read(7).members["f64"], "<f8"), drawn[7])
+    assert np.array_equal(drawn, Store.open(made / "samples").read("rows"))
     assert drawn.shape == (40, 3)
     assert abs(drawn[:, 2].mean() - 1e4) < 5
     assert abs(np.median(drawn[:, 1] - drawn[:, 0] ** 2)) < 0.5
@@ -85,6 +91,31 @@ def test_a_table_through_the_whole_pipeline(family: str, tmp_path: Path) -> None
     tokens.tokenizer_fingerprint = "another"
     with pytest.raises(RequestError, match="not mixed"):
         joint_vocabulary([tokens, TokenSet.open(made / "tokens")])
+
+
+def test_names_of_columns_go_along(tmp_path: Path) -> None:
+    lines = [f"{a!r},{b!r},{c!r}" for a, b, c in rows(300).tolist()]
+    (tmp_path / "t.csv").write_text("\n".join(["height,weight,time", *lines]))
+    text = PIPELINE.replace("TABLE", str(tmp_path / "t.csv")).replace("FAMILY", "made")
+    (tmp_path / "p.yaml").write_text(text.replace("MORE", "hidden: [8]").replace("150", "3"))
+    run(tmp_path, "run", "p.yaml")
+    made = tmp_path / "runs" / "rows"
+    drawn = (made / "samples" / "rows.csv").read_text().splitlines()
+    assert drawn[0] == "height,weight,time"
+    assert len(drawn) == 41
+
+    other = ["weight,height,time", *lines]
+    (tmp_path / "t.csv").write_text("\n".join(other))
+    (tmp_path / "q.yaml").write_text(
+        "name: q\nstages:\n"
+        "  table: {job: ingest, source: {kind: table, path: t.csv}, validation: 0.2}\n"
+        f"  tokens: {{job: pretokenize, inputs: {{data: table, tokenizer: {made}/standard}}}}\n"
+    )
+    command = [str(Path(sys.executable).with_name("chainrule")), "run", "q.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "columns weight, height, time; the tokenizer of" in done.stderr
+    assert "takes height, weight, time; set `columns` in ingest" in done.stderr
 
 
 def test_standardize_there_and_back(tmp_path: Path) -> None:
@@ -101,8 +132,11 @@ def test_standardize_there_and_back(tmp_path: Path) -> None:
     assert np.array_equal(again.encode([table[0]])[0], encoded[0])
     with pytest.raises(TokenizerError, match="takes 3 numbers"):
         tokenizer.encode([table[0][:2]])
+    constant = np.array([[0.0, 5.0], [1.0, 5.0]])
     with pytest.raises(TokenizerError, match="column 1 is constant"):
-        StandardizeTokenizer.train(np.array([[0.0, 5.0], [1.0, 5.0]]))
+        StandardizeTokenizer.train(constant)
+    with pytest.raises(TokenizerError, match="column 'b' is constant"):
+        StandardizeTokenizer.train(constant, ["a", "b"])
     card = json.loads((tmp_path / "card.json").read_text())
     card["mean"][0] += 1
     (tmp_path / "card.json").write_text(json.dumps(card))

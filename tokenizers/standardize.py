@@ -30,8 +30,11 @@ class StandardizeTokenizer(Tokenizer):
     kind = "standardize"
     modality = "table"
 
-    def __init__(self, mean: np.ndarray, deviation: np.ndarray) -> None:
-        """`mean`, `deviation` (D,), the deviations above 0."""
+    def __init__(
+        self, mean: np.ndarray, deviation: np.ndarray, columns: Sequence[str] | None = None
+    ) -> None:
+        """`mean`, `deviation` (D,), the deviations above 0; `columns` the names of the D."""
+        self.columns = None if columns is None else list(columns)
         self.mean = np.asarray(mean, np.float64)
         self.deviation = np.asarray(deviation, np.float64)
         if self.mean.ndim != 1 or self.mean.shape != self.deviation.shape:
@@ -40,10 +43,17 @@ class StandardizeTokenizer(Tokenizer):
             )
         if not (np.isfinite(self.mean).all() and (self.deviation > 0).all()):
             at = int(np.argmin(self.deviation))
-            raise TokenizerError(f"standardize: column {at} is constant; leave it out")
+            name = at if self.columns is None else f"'{self.columns[at]}'"
+            raise TokenizerError(f"standardize: column {name} is constant; leave it out")
+        if self.columns is not None and len(self.columns) != len(self.mean):
+            raise TokenizerError(
+                f"standardize: {len(self.columns)} names for {len(self.mean)} columns"
+            )
 
     @classmethod
-    def train(cls, rows: Iterable[np.ndarray]) -> "StandardizeTokenizer":
+    def train(
+        cls, rows: Iterable[np.ndarray], columns: Sequence[str] | None = None
+    ) -> "StandardizeTokenizer":
         """From training rows (D,), in one pass."""
         count, total, squares = 0, np.zeros(0), np.zeros(0)
         first = np.zeros(0)
@@ -59,7 +69,7 @@ class StandardizeTokenizer(Tokenizer):
         if count == 0:
             raise TokenizerError("standardize: no rows to train on")
         mean = total / count
-        return cls(first + mean, np.sqrt(np.maximum(squares / count - mean**2, 0.0)))
+        return cls(first + mean, np.sqrt(np.maximum(squares / count - mean**2, 0.0)), columns)
 
     @property
     def log_volume(self) -> float:
@@ -73,7 +83,10 @@ class StandardizeTokenizer(Tokenizer):
 
     @property
     def fingerprint(self) -> str:
-        return fingerprint_of({"kind": self.kind}, {"mean": self.mean, "deviation": self.deviation})
+        decisive: dict[str, Any] = {"kind": self.kind}
+        if self.columns is not None:
+            decisive["columns"] = self.columns
+        return fingerprint_of(decisive, {"mean": self.mean, "deviation": self.deviation})
 
     def encode(self, batch: Sequence[np.ndarray]) -> list[np.ndarray]:
         return [((self._row(x) - self.mean) / self.deviation).astype(np.float32) for x in batch]
@@ -97,6 +110,7 @@ class StandardizeTokenizer(Tokenizer):
             "vocabulary": self.vocabulary,
             "mean": self.mean.tolist(),
             "deviation": self.deviation.tolist(),
+            "columns": self.columns,
             "log_volume": self.log_volume,
             "fingerprint": self.fingerprint,
         }
@@ -106,9 +120,11 @@ class StandardizeTokenizer(Tokenizer):
         card = read_card(folder)
         try:
             mean, deviation = (np.array(card[key], np.float64) for key in ("mean", "deviation"))
+            names = card.get("columns")
+            columns = None if names is None else [str(name) for name in names]
         except (KeyError, TypeError, ValueError):
             raise TokenizerError(f"{folder / 'card.json'}: no means and deviations") from None
-        tokenizer = cls(mean, deviation)
+        tokenizer = cls(mean, deviation, columns)
         if not math.isfinite(tokenizer.log_volume):
             raise TokenizerError(f"{folder / 'card.json'}: a deviation is not finite")
         require_fingerprint(folder, card, tokenizer.fingerprint)

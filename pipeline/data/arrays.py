@@ -119,8 +119,10 @@ class SklearnTable(SourceSettings):
             noise = np.random.default_rng(self.seed)
             levels = np.concatenate(patches)
             return _TableSource((levels + noise.random(levels.shape)) / 256, "photographs")
-        load = getattr(datasets, f"load_{self.name.replace('-', '_')}")
-        return _TableSource(np.asarray(load().data, np.float64), self.name)
+        loaded = getattr(datasets, f"load_{self.name.replace('-', '_')}")()
+        names = getattr(loaded, "feature_names", None)
+        names = None if names is None else [str(name) for name in names]
+        return _TableSource(np.asarray(loaded.data, np.float64), self.name, names)
 
     def files(self) -> list[Path]:
         _sklearn_datasets()
@@ -254,6 +256,7 @@ class Table(SourceSettings):
 
     def open(self) -> Source:
         if self.path.suffix.lower() == ".csv":
+            names: list[str] | None
             names, values = _read_csv(_present(self.path), self.columns)
         else:
             if self.path.suffix.lower() not in (".npy", ".npz"):
@@ -261,15 +264,16 @@ class Table(SourceSettings):
             values = _member(_load_arrays(self.path), self.array, self.path)
             if values.ndim != 2 or values.dtype.kind not in "fiu" or len(values) == 0:
                 raise SourceError(f"{self.path}: {values.dtype} {values.shape}, not (N, D) reals")
-            names = [str(i) for i in range(values.shape[1])]
+            names = None
         values = values.astype(np.float64)
         if self.standardize:
             deviation = np.nanstd(values, axis=0)
             if not deviation.all():
-                name = names[int(np.argmin(deviation))]
-                raise SourceError(f"{self.path}: column '{name}' is constant; leave it out")
+                at = int(np.argmin(deviation))
+                name = f"'{names[at]}'" if names is not None else at
+                raise SourceError(f"{self.path}: column {name} is constant; leave it out")
             values = (values - np.nanmean(values, axis=0)) / deviation
-        return _TableSource(values, self.path.name)
+        return _TableSource(values, self.path.name, names)
 
     def files(self) -> list[Path]:
         return [_present(self.path)]
@@ -278,8 +282,9 @@ class Table(SourceSettings):
 class _TableSource(Source):
     modality, what = "table", "row"
 
-    def __init__(self, values: np.ndarray, name: str) -> None:
+    def __init__(self, values: np.ndarray, name: str, columns: list[str] | None = None) -> None:
         self._values, self._name = values, name
+        self.columns = columns
 
     def __len__(self) -> int:
         return len(self._values)

@@ -179,6 +179,11 @@ class Shards:
         return self.index.get("classes")
 
     @property
+    def columns(self) -> list[str] | None:
+        """Names of a table's columns, where it has them."""
+        return self.index.get("columns")
+
+    @property
     def captioned(self) -> bool:
         """Whether raw samples have captions."""
         return bool(self.index.get("captioned"))

@@ -56,6 +56,8 @@ class Source(ABC):
     classes: list[str] | None = None
     captioned: bool = False
     """Whether each input has `captions`, a list of texts, in its metadata."""
+    columns: list[str] | None = None
+    """Names of a table's columns, where it has them."""
 
     @abstractmethod
     def __len__(self) -> int: ...

@@ -4,6 +4,7 @@ pictures   a contact sheet of all, and one of each class or caption that was ask
 sounds     a WAV file each       texts   a text file each       tables   one CSV
 """
 
+import csv
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def show(request: Request, source: Source, store: Store, stage: Stage) -> None:
                 if i < TRACKED:
                     stage.picture(path)
     elif "rows" in store.arrays:
-        np.savetxt(stage.folder / "rows.csv", store.read("rows"), fmt="%.9g", delimiter=",")
+        save_table(store.read("rows"), source.tokenizer.card().get("columns"), stage.folder)
     elif source.modality == "text" and source.tokenizer is not None:
         (stage.folder / "text").mkdir(exist_ok=True)
         for i, text in enumerate(texts(request, source, store)):
@@ -72,6 +73,16 @@ def show(request: Request, source: Source, store: Store, stage: Stage) -> None:
             path.write_text(text, encoding="utf-8", newline="")
             if i < TRACKED:
                 stage.picture(path)
+
+
+def save_table(rows: np.ndarray, columns: Sequence[str] | None, folder: Path) -> None:
+    """rows.csv of (N, D): a line of names, then numbers that read back as they were, so that
+    `ingest` takes it as a table again."""
+    names = columns or [f"column{i}" for i in range(rows.shape[1])]
+    with (folder / "rows.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(names)
+        writer.writerows(rows.tolist())
 
 
 def sheet(request: Request, source: Source, store: Store) -> Image.Image:
