@@ -127,7 +127,11 @@ class Autoregressive(nn.Module, ABC):
         top_k: int | None = None,
         top_p: float | None = None,
     ) -> Tensor:
-        """`n` events, (n, *event_shape), element by element through the cursor."""
+        """`n` events, (n, *event_shape), element by element through the cursor.
+
+        All come from one generator, so that the first depends on how many are drawn; where
+        each has a seed of its own is `sampling.sampler.draw`.
+        """
         was_training = self.training
         self.eval()
         try:
