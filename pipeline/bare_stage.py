@@ -19,7 +19,7 @@ from chainrule.pipeline.artifact import (
     read_json,
     write_json,
 )
-from chainrule.pipeline.config import RequestError, Settings, result_settings
+from chainrule.pipeline.config import RequestError, Settings, changed_settings, result_settings
 from chainrule.pipeline.stage import Stage
 
 REQUEST = "request.json"
@@ -80,14 +80,13 @@ def _take_up(
         write_json(path, request)
         return False
     found = read_json(path)
-    if found == request:
-        return True
     other = [
-        f"{part}.{key}"
-        for part, values in request.items()
-        for key in sorted({*values, *found[part]})
-        if values.get(key) != found[part].get(key)
+        f"settings.{change.split(':')[0]}" for change in changed_settings(config, found["settings"])
     ]
+    now, then = request["inputs"], found["inputs"]
+    other += [f"inputs.{role}" for role in sorted({*now, *then}) if now.get(role) != then.get(role)]
+    if not other:
+        return True
     raise RequestError(
         f"{working}: holds what a killed or failed `{job}` of another request left (other: "
         f"{', '.join(other)}); run that one again, name another --out, or remove it"

@@ -53,13 +53,50 @@ def runtime(default: Any, **kwargs: Any) -> Any:
 
 def result_settings(settings: BaseModel) -> dict[str, Any]:
     """The settings that change the result, as plain JSON values (runtime fields left out)."""
-    kept: dict[str, Any] = {}
-    for name, field in type(settings).model_fields.items():
-        extra = field.json_schema_extra
-        if isinstance(extra, dict) and extra.get("runtime"):
-            continue
-        kept[name] = _plain(getattr(settings, name))
-    return kept
+    return {name: _plain(getattr(settings, name)) for name in _decisive(type(settings))}
+
+
+def changed_settings(settings: BaseModel, then: dict[str, Any], path: str = "") -> Iterator[str]:
+    """What `settings` ask for other than `result_settings` said `then`, in words.
+
+    Only what could have been asked for then counts: a setting that the program got since decides
+    nothing at its default, one that no longer changes the result nothing at all.
+    """
+    fields = type(settings).model_fields
+    decisive = _decisive(type(settings))
+    for name in decisive:
+        value, where = getattr(settings, name), f"{path}{name}"
+        if name in then:
+            yield from _changed(value, then[name], where)
+        elif _plain(value) != _plain(fields[name].get_default(call_default_factory=True)):
+            yield f"{where}: not given → {_short(value)}"
+    for name in sorted(set(then) - set(fields)):
+        yield f"{path}{name}: {_short(then[name])} → not given"
+
+
+def _changed(now: Any, then: Any, where: str) -> Iterator[str]:
+    if isinstance(now, BaseModel) and isinstance(then, dict):
+        yield from changed_settings(now, then, f"{where}.")
+    elif isinstance(now, dict) and isinstance(then, dict):
+        for key in sorted({*map(str, now), *then}):
+            have = {str(k): v for k, v in now.items()}
+            yield from _changed(have.get(key), then.get(key), f"{where}.{key}")
+    elif isinstance(now, list | tuple) and isinstance(then, list) and len(now) == len(then):
+        for i, (new, old) in enumerate(zip(now, then, strict=True)):
+            yield from _changed(new, old, f"{where}[{i}]")
+    elif _plain(now) != then:
+        yield f"{where}: {_short(then)} → {_short(now)}"
+
+
+def _short(value: Any) -> str:
+    text = "not given" if value is None else str(_plain(value))
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _decisive(kind: type[BaseModel]) -> list[str]:
+    """Names of the fields that change the result."""
+    extras = {name: field.json_schema_extra for name, field in kind.model_fields.items()}
+    return [n for n, e in extras.items() if not (isinstance(e, dict) and e.get("runtime"))]
 
 
 def _plain(value: Any) -> Any:

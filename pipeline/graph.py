@@ -4,14 +4,12 @@ A stage is a job's name, its inputs (names of other stages, or the folder of a p
 artifact, written with a slash), its resources, and the job's own settings.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-
-import yaml
 
 from chainrule.pipeline import catalogue
 from chainrule.pipeline.artifact import (
@@ -23,7 +21,14 @@ from chainrule.pipeline.artifact import (
     partial_folder,
     read_json,
 )
-from chainrule.pipeline.config import RequestError, Resources, Settings, digest, result_settings
+from chainrule.pipeline.config import (
+    RequestError,
+    Resources,
+    Settings,
+    changed_settings,
+    digest,
+    result_settings,
+)
 from chainrule.pipeline.sources import source_digest
 from chainrule.pipeline.stage import Input
 
@@ -85,6 +90,7 @@ class Pipeline:
     without_source: dict[str, str] = field(default_factory=dict)
     """Stages whose raw data are gone, and what is said of them."""
     _fingerprints: dict[str, str] = field(default_factory=dict)
+    _requests: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def root(self) -> Path:
@@ -95,47 +101,70 @@ class Pipeline:
         return Path(stage) if is_folder(stage) else self.root / stage
 
     def fingerprint(self, stage: str) -> str:
-        """hash(job, settings that change the result, fingerprints of the inputs)."""
+        """hash(job, settings that change the result, fingerprints of the inputs, raw files).
+
+        Of what an earlier version of this program made or began, and would be asked for in the
+        same words today, it is the one that this had: a new setting is no reason to train again.
+        """
         if is_folder(stage):
             return Artifact.open(stage).fingerprint
         if stage not in self._fingerprints:
-            spec = self.stages[stage]
-            content: dict[str, Any] = {
-                "job": spec.job,
-                "settings": result_settings(spec.config),
-                "inputs": {
-                    role: [self.fingerprint(name) for name in names]
-                    for role, names in sorted(spec.inputs.items())
-                },
-            }
-            if hasattr(spec.module, "source_files"):
-                try:
-                    files = spec.module.source_files(spec.config)
-                except RequestError as error:
-                    if not self._is_as_asked(stage):
-                        raise RequestError(f"stage '{stage}': {error}") from None
-                    # Raw data that were moved away since: what was made of them stands.
-                    self.without_source[stage] = str(error)
-                    manifest = read_json(self.folder(stage) / MANIFEST)
-                    self._fingerprints[stage] = manifest["fingerprint"]
-                    return self._fingerprints[stage]
-                content["source"] = source_digest(files, self.root / ".sources" / f"{stage}.json")
-            self._fingerprints[stage] = digest(content)
+            made = self._made(stage)
+            self._fingerprints[stage] = made if made is not None else digest(self.request(stage))
         return self._fingerprints[stage]
 
-    def _is_as_asked(self, stage: str) -> bool:
-        """Whether there is an artifact, made with the settings that are asked for now."""
-        folder = self.folder(stage)
-        if not (folder / MANIFEST).is_file():
-            return False
-        return not self._changed_settings(stage)
+    def request(self, stage: str) -> dict[str, Any]:
+        """What decides a stage's result. RequestError where raw files are not there."""
+        if stage not in self._requests:
+            self._requests[stage] = self._request(stage)
+        return self._requests[stage]
 
-    def _changed_settings(self, stage: str) -> list[str]:
-        """Of the settings that decide the result, those that are others than the artifact's."""
+    def _request(self, stage: str) -> dict[str, Any]:
         spec = self.stages[stage]
-        wanted = {"job": spec.job, **result_settings(spec.config)}
-        stored = yaml.safe_load((self.folder(stage) / "config.yaml").read_text())
-        return list(_differences(_of_keys(wanted, stored), wanted))
+        content: dict[str, Any] = {
+            "job": spec.job,
+            "settings": result_settings(spec.config),
+            "inputs": {
+                role: [self.fingerprint(name) for name in names]
+                for role, names in sorted(spec.inputs.items())
+            },
+        }
+        if hasattr(spec.module, "source_files"):
+            try:
+                files = spec.module.source_files(spec.config)
+            except RequestError as error:
+                raise RequestError(f"stage '{stage}': {error}") from None
+            content["source"] = source_digest(files, self.root / ".sources" / f"{stage}.json")
+        return content
+
+    def _made(self, stage: str) -> str | None:
+        """The fingerprint of what was made, or else begun, for the same request."""
+        folder = self.folder(stage)
+        for path in (folder / MANIFEST, partial_folder(folder) / ATTEMPT):
+            if not path.is_file():
+                continue
+            record = read_json(path)
+            then = record.get("request")
+            if then is None or self._changed_settings(stage, then):
+                continue
+            try:
+                now = self.request(stage)
+            except RequestError as error:
+                if path.name != MANIFEST:
+                    raise
+                # Raw data that were moved away since: what was made of them stands.
+                self.without_source[stage] = str(error).removeprefix(f"stage '{stage}': ")
+                return str(record["fingerprint"])
+            if all(now.get(key) == then.get(key) for key in ("inputs", "source")):
+                return str(record["fingerprint"])
+        return None
+
+    def _changed_settings(self, stage: str, then: dict[str, Any]) -> list[str]:
+        """What a request of before had other than this one, in words."""
+        spec = self.stages[stage]
+        if then["job"] != spec.job:
+            return [f"job: {then['job']} → {spec.job}"]
+        return list(changed_settings(spec.config, then["settings"]))
 
     def downstream(self, stage: str) -> set[str]:
         """The stage and all that hang on it."""
@@ -187,7 +216,10 @@ class Pipeline:
             before = [entry["fingerprint"] for entry in manifest["inputs"].get(role, [])]
             if before != [self.fingerprint(name) for name in names]:
                 return f"input {role} ({', '.join(names)}) changed"
-        return "; ".join(self._changed_settings(stage)[:3]) or "the source files changed"
+        if "request" not in manifest:
+            return "made before artifacts said what they were asked for"
+        changed = self._changed_settings(stage, manifest["request"])
+        return "; ".join(changed[:3]) or "the source files changed"
 
 
 def _attempt(partial: Path, fingerprint: str) -> dict[str, Any] | None:
@@ -195,25 +227,3 @@ def _attempt(partial: Path, fingerprint: str) -> dict[str, Any] | None:
         return None
     attempt = read_json(partial / ATTEMPT)
     return attempt if attempt["fingerprint"] == fingerprint else None
-
-
-def _of_keys(pattern: Any, value: Any) -> Any:
-    """`value` without the keys that `pattern` has not, on every level."""
-    if not (isinstance(pattern, dict) and isinstance(value, dict)):
-        return value
-    return {key: _of_keys(pattern[key], item) for key, item in value.items() if key in pattern}
-
-
-def _differences(before: Any, after: Any, path: str = "") -> Iterator[str]:
-    if isinstance(before, dict) and isinstance(after, dict):
-        for key in sorted({*before, *after}):
-            yield from _differences(
-                before.get(key), after.get(key), f"{path}.{key}" if path else str(key)
-            )
-    elif before != after:
-        yield f"{path}: {_short(before)} → {_short(after)}"
-
-
-def _short(value: Any) -> str:
-    text = "not given" if value is None else str(value)
-    return text if len(text) <= 40 else text[:37] + "..."

@@ -191,6 +191,7 @@ def _prepare(pipeline: Pipeline, spec: StageSpec, attempt_id: str) -> dict[str, 
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     attempt.setdefault("start", artifact.now())
+    attempt.setdefault("request", pipeline.request(spec.name))
     attempt.pop("failed", None)
     attempt |= {
         "attempts": attempt["attempts"] + 1,
@@ -308,6 +309,7 @@ def _publish(pipeline: Pipeline, spec: StageSpec, stage: Stage) -> None:
         "stage": spec.name,
         "job": spec.job,
         "fingerprint": stage.fingerprint,
+        "request": attempt["request"],
         "inputs": {
             role: [
                 {"stage": a.name, "fingerprint": a.fingerprint, "path": _relative(a, pipeline)}

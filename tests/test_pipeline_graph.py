@@ -275,6 +275,81 @@ def test_what_changes_no_result_is_no_reason_to_be_stale(config: Path) -> None:
     assert why == "text: two → zwei"
 
 
+class InnerOfThen(Settings):
+    rate: float = 0.1
+
+
+class ConfigOfThen(Settings):
+    """What SourceConfig was before Inner got a list."""
+
+    inner: InnerOfThen = InnerOfThen()
+    text: str = "x"
+    workers: int = 1  # thought to change the result
+
+
+def test_a_setting_that_the_program_got_since_makes_nothing_stale(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as then:
+        then.setattr(JOBS["write"], "Config", ConfigOfThen)
+        launch.run_pipeline(load(config), Selection())
+        before = load(config).fingerprint("a")
+    assert load(config).fingerprint("a") == before
+    assert set(states(config).values()) == {"fresh"}
+    assert set(states(config, "a.workers=4").values()) == {"fresh"}
+    for asked, why in (
+        ("a.inner.names=[z]", "inner.names: not given → ['z']"),
+        ("a.inner.rate=0.3", "inner.rate: 0.001 → 0.3"),
+    ):
+        assert load(config, asked).state("a") == (State.STALE, why)
+        assert states(config, asked)["d"] == "stale"
+
+    # Done again, it still is what the stages after it were made of.
+    assert launch.run_pipeline(load(config), Selection(only=("a",), force=("a",))) == 0
+    assert set(states(config).values()) == {"fresh"}
+
+
+def test_a_default_that_changed_is_a_change(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config.write_text(TEXT.replace("    text: one\n", ""))
+    with monkeypatch.context() as then:
+        then.setattr(JOBS["write"], "Config", ConfigOfThen)
+        launch.run_pipeline(load(config), Selection())
+
+    class ConfigOfNow(SourceConfig):
+        text: str = "y"
+
+    monkeypatch.setattr(JOBS["write"], "Config", ConfigOfNow)
+    assert load(config).state("a") == (State.STALE, "text: x → y")
+
+
+def test_a_setting_that_is_gone_was_asked_for(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class ConfigBefore(SourceConfig):
+        shape: int = 3
+
+    with monkeypatch.context() as then:
+        then.setattr(JOBS["write"], "Config", ConfigBefore)
+        launch.run_pipeline(load(config), Selection())
+    assert load(config).state("a") == (State.STALE, "shape: 3 → not given")
+
+
+def test_what_an_earlier_program_began_goes_on(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class JoinThen(Settings):
+        fail: bool = False
+
+    config.write_text(TEXT.replace(", times: 2", ""))
+    with monkeypatch.context() as then:
+        then.setattr(JOBS["join"], "Config", JoinThen)
+        with pytest.raises(StageFailed):
+            launch.run_pipeline(load(config, "c.fail=true"), Selection())
+    launch.run_pipeline(load(config, "c.fail=true"), Selection())
+    assert (load(config).folder("c") / "attempts.txt").read_text() == "xx"  # not begun anew
+    assert set(states(config, "c.fail=true").values()) == {"fresh"}
+
+
 def test_selection(config: Path) -> None:
     pipeline = load(config)
     assert Selection(only=("b",)).stages(pipeline) == ["b"]
