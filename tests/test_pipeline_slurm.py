@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from chainrule.pipeline import slurm, slurm_job
+from chainrule.pipeline import pipeline_run, slurm, slurm_job
 from chainrule.pipeline.artifact import StageLocked
 from chainrule.pipeline.config import RequestError
 from chainrule.pipeline.fence import REPLACED, hold
@@ -473,6 +473,8 @@ def test_a_forced_stage_begins_anew_under_one_open_run(
 ) -> None:
     from chainrule.pipeline.launch import Selection
 
+    # However slow the store is made here: another test is of one that does not answer.
+    monkeypatch.setattr(pipeline_run, "OPENED_WITHIN_S", 120.0)
     folder = pipeline_file.parent
     sbatch = f'echo "$@" >> {folder}/queued; wc -l < {folder}/queued'
     _commands(folder / "bin", monkeypatch, sbatch=sbatch, squeue="exit 0", sacct="exit 1")
