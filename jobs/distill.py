@@ -40,7 +40,7 @@ from chainrule.pipeline.sampling.store import Layout, Store
 from chainrule.pipeline.stage import Input, Stage, StageFailed
 from chainrule.pipeline.training.assembly import known_model
 from chainrule.pipeline.training.objective import condition_of
-from chainrule.pipeline.whole_file import whole
+from chainrule.pipeline.whole_file import as_usual, whole
 
 INPUTS = {
     "model": Input(("handoff",)),
@@ -279,6 +279,7 @@ def save_state(
             tensors[f"{key}/{name}"] = value.contiguous()
     with whole(path) as temporary:
         save_file(tensors, temporary, metadata={"step": json.dumps(step)})
+        as_usual(temporary)
 
 
 def restore(path: Path, draft: Autoregressive, optimizer: torch.optim.Optimizer) -> int:

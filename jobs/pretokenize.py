@@ -122,10 +122,15 @@ def open_inputs(config: Config, stage: Stage) -> Opened:
             f"{folder}: collapsed codebook: {level}{health['codebook_usage']:.1%} of "
             f"{health['codebook_size']} codes used (perplexity {health['codebook_perplexity']:.1f})"
             f", minimum_usage is {config.minimum_usage:g}\n"
-            "train it with a smaller codebook_size, longer, or with quantizer ema or fsq; "
+            f"{MORE_CODES.get(tokenizer.kind, LEARNED_BETTER)}; "
             "or run with --accept-collapsed (accept_collapsed: true)"
         )
     return Opened(shards, tokenizer, _caption_encoder(config, stage, shards))
+
+
+LEARNED_BETTER = "train it with a smaller codebook_size, longer, or with quantizer ema or fsq"
+MORE_CODES = {"palette": "train it with fewer colours"}
+"""What brings more of the codes into use, by kind of tokenizer."""
 
 
 def _caption_encoder(config: Config, stage: Stage, shards: Shards) -> CaptionEncoder | None:

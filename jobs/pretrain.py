@@ -9,6 +9,7 @@ is a function of (seed, step, rank).
 """
 
 import logging
+import math
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -24,10 +25,16 @@ from chainrule.pipeline.heartbeat import beat
 from chainrule.pipeline.models.inputs import has_captions
 from chainrule.pipeline.models.registry import build
 from chainrule.pipeline.plan_inputs import foreseen_model, ranks_of, rows_of
-from chainrule.pipeline.stage import Input, Stage, StageInterrupted, for_json, say
+from chainrule.pipeline.stage import Input, Stage, StageFailed, StageInterrupted, for_json, say
 from chainrule.pipeline.training import assembly
 from chainrule.pipeline.training.checkpoints import CheckpointWriter
-from chainrule.pipeline.training.engine import Engine, EngineSettings, Precision
+from chainrule.pipeline.training.engine import (
+    Engine,
+    EngineSettings,
+    Precision,
+    check_combination,
+    strategy_of,
+)
 from chainrule.pipeline.training.faults import FaultMonitor, FaultSettings
 from chainrule.pipeline.training.objective import Objective, initialise_from_data
 from chainrule.pipeline.training.optimizers import (
@@ -96,6 +103,17 @@ class Config(Settings):
     workers: int = runtime(1, ge=0, description="loader threads")
     log_every: int = runtime(1, ge=1)
 
+    @field_validator("mixture_weights")
+    @classmethod
+    def _weights_are_shares(cls, value: dict[str, float] | None) -> dict[str, float] | None:
+        for name, weight in (value or {}).items():
+            if not 0 < weight < math.inf:
+                raise ValueError(
+                    f"{name}: {weight:g} is no share of the rows; leave a set out of the stage's "
+                    "inputs that is not to be drawn from"
+                )
+        return value
+
     @field_validator("model")
     @classmethod
     def _known(cls, value: str | dict[str, Any]) -> str | dict[str, Any]:
@@ -132,8 +150,11 @@ def check(pipeline: Pipeline, spec: StageSpec) -> None:
     where = f"stage '{spec.name}'"
     rows_of(spec)
     tokens = spec.inputs["tokens"]
+    ranks = ranks_of(spec)
+    gpu = spec.resources.gpus > 0 or torch.cuda.is_available()
     try:
-        batch_sizes(config, ranks_of(spec))
+        check_combination(strategy_of(config.engine, ranks), config.precision, ranks, gpu)
+        batch_sizes(config, ranks)
         if config.mixture_weights is not None and not any(map(is_folder, tokens)):
             assembly.ordered_weights(config.mixture_weights, tokens)
     except RequestError as error:
@@ -155,7 +176,19 @@ def nothing_held_out(ingest: Settings) -> bool:
 
 def main(config: Config, stage: Stage) -> None:
     with Engine(config.engine, config.precision, config.clip) as engine, stop_signals() as stop:
-        train(config, stage, engine, stop)
+        try:
+            train(config, stage, engine, stop)
+        except (StageInterrupted, StageFailed, RequestError):
+            raise
+        except Exception as error:
+            # A signal to the whole group also ends what a step may be waiting for: a compiler,
+            # another rank.
+            if not stop.requested:
+                raise
+            raise StageInterrupted(
+                f"a signal came, and the step that it met could not end ({type(error).__name__}); "
+                "the checkpoint before it stands"
+            ) from error
 
 
 def train(config: Config, stage: Stage, engine: Engine, stop: StopSignals) -> None:
@@ -182,6 +215,11 @@ def train(config: Config, stage: Stage, engine: Engine, stop: StopSignals) -> No
         write_json(stage.folder / "model.json", description)
         for line in unlikely(drawn, sizes[-1][1], config.model, model_config):
             say(f"  {stage.name}: {line}")
+        if config.schedule.warmup > config.steps:
+            say(
+                f"  {stage.name}: schedule.warmup {config.schedule.warmup} is longer than the "
+                f"training ({config.steps} steps): the learning rate does not reach its value"
+            )
     stage.parameters({"parameters": engine.parameter_count, "context": context})
 
     # --- where to begin -----------------------------------------------------------------

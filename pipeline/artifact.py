@@ -2,6 +2,7 @@
 
     runs/<pipeline>/<stage>/              published: has artifact.json
     runs/<pipeline>/<stage>.partial/      unfinished work to resume: never a result
+    runs/<pipeline>/<stage>.aside-<hash>/ the same, for the settings before the present ones
     runs/<pipeline>/.locks/<stage>.lock   held by whoever works on the stage
 
 A stage works in `<stage>.partial`. When it is done, every file is hashed into
@@ -167,12 +168,19 @@ class Artifact:
         return read_json(self.path("index.json"))
 
 
-def require_same(what: str, expected: str, expected_by: str, found: str, found_in: str) -> None:
+def require_same(
+    what: str,
+    expected: str,
+    expected_by: str,
+    found: str,
+    found_in: str,
+    remedy: str = "run the stages between them again",
+) -> None:
     """Refuse a mismatch of fingerprints, naming both; LineageError."""
     if expected != found:
         raise LineageError(
             f"{what} do not match: {expected_by} was made with {expected[:16]}, "
-            f"{found_in} is {found[:16]}; run the stages between them again"
+            f"{found_in} is {found[:16]}; {remedy}"
         )
 
 
@@ -187,6 +195,15 @@ def is_training(folder: Path) -> bool:
 
 def partial_folder(folder: Path) -> Path:
     return folder.with_name(folder.name + ".partial")
+
+
+def aside_folder(folder: Path, fingerprint: str) -> Path:
+    """Where unfinished work for this fingerprint lies while another one is being made."""
+    return folder.with_name(f"{folder.name}.aside-{fingerprint[:12]}")
+
+
+def asides(folder: Path) -> list[Path]:
+    return sorted(folder.parent.glob(f"{folder.name}.aside-*"))
 
 
 def publish(folder: Path, manifest: dict[str, Any]) -> Artifact:

@@ -184,7 +184,11 @@ def stage(
     overrides: SetOption = None,
     runs: RunsOption = None,
 ) -> None:
-    """Run one stage as one rank (RANK and WORLD_SIZE, or srun's variables); used by scripts."""
+    """Run one stage as one rank, also where it is fresh; used by scripts.
+
+    RANK and WORLD_SIZE, or srun's variables, say which rank of how many; with several,
+    CHAINRULE_ATTEMPT is a word that all ranks of one start share.
+    """
     from chainrule.pipeline.pipeline_file import load_pipeline
 
     ranks.die_with_parent()

@@ -16,6 +16,7 @@ from chainrule.pipeline.artifact import (
     ATTEMPT,
     MANIFEST,
     Artifact,
+    aside_folder,
     is_locked,
     lock_holder,
     partial_folder,
@@ -203,10 +204,14 @@ class Pipeline:
             if "failed" in attempt:
                 return State.FAILED, attempt["failed"]["error"]
             return State.UNFINISHED, "an earlier attempt was cut off; it will be resumed"
+        if aside_folder(folder, wanted).is_dir():
+            return State.UNFINISHED, "what was put aside for these settings will be resumed"
         if published:
             return State.STALE, self._why_stale(stage)
         if (partial_folder(folder) / ATTEMPT).is_file():
-            return State.NEW, "what was begun was under other settings or inputs; it begins anew"
+            return State.NEW, (
+                "what was begun was under other settings or inputs and is put aside; it begins anew"
+            )
         return State.NEW, "never run"
 
     def _why_stale(self, stage: str) -> str:

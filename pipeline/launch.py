@@ -10,7 +10,7 @@ from typing import Any
 from chainrule.pipeline import artifact
 from chainrule.pipeline.artifact import Artifact, partial_folder
 from chainrule.pipeline.config import RequestError, nearest
-from chainrule.pipeline.graph import Pipeline, State
+from chainrule.pipeline.graph import Pipeline, StageSpec, State
 from chainrule.pipeline.pipeline_run import PipelineRun
 from chainrule.pipeline.ranks import needs_ranks, run_ranks
 from chainrule.pipeline.stage import DONE, FAILED, StageFailed, StageInterrupted, say
@@ -141,6 +141,7 @@ def _run_one(pipeline: Pipeline, name: str, begin_anew: bool) -> None:
     if begin_anew:
         discard_unfinished(pipeline.folder(name))
     began = time.monotonic()
+    _say_what_is_missing(pipeline.stages[name])
     if needs_ranks(pipeline.stages[name]):
         run_ranks(pipeline, name)
     else:
@@ -149,10 +150,27 @@ def _run_one(pipeline: Pipeline, name: str, begin_anew: bool) -> None:
     say(f"  {name}: done in {time.monotonic() - began:.1f} s{metrics}")
 
 
+def _say_what_is_missing(spec: StageSpec) -> None:
+    """GPUs are asked of a cluster; here the stage goes on with what there is."""
+    if not spec.resources.gpus:
+        return
+    import torch
+
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if found == 0:
+        say(f"  {spec.name}: resources.gpus {spec.resources.gpus}: no GPU here; it uses the CPU")
+    elif found < spec.resources.gpus:
+        raise StageFailed(
+            f"stage '{spec.name}': resources.gpus {spec.resources.gpus}: there are {found} here; "
+            f"set --set {spec.name}.resources.gpus={found}"
+        )
+
+
 def discard_unfinished(folder: Path) -> None:
     """Drop what an earlier attempt left; StageLocked where somebody is at work on it."""
     with artifact.lock(folder):
-        shutil.rmtree(partial_folder(folder), ignore_errors=True)
+        for left in (partial_folder(folder), *artifact.asides(folder)):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _headline(metrics: dict[str, Any]) -> str:

@@ -139,7 +139,10 @@ class _Document:
                 raise self.fault((key,), f"unknown key '{key}'{nearest(str(key), list(TOP_KEYS))}")
         name = self.value.get("name", self.path.stem)
         if not isinstance(name, str) or not NAME.fullmatch(name):
-            raise self.fault(("name",), f"'name': letters, digits, - and _ only (given: {name!r})")
+            remedy = f'; write it in quotes: "{name}"' if not isinstance(name, str) else ""
+            raise self.fault(
+                ("name",), f"'name': letters, digits, - and _ only (given: {name!r}){remedy}"
+            )
         stages = self.value.get("stages")
         if not isinstance(stages, dict) or not stages:
             raise self.fault(("stages",), "'stages' must map stage names to stages")

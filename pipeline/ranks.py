@@ -58,11 +58,19 @@ def run_ranks(pipeline: Pipeline, name: str) -> None:
     for rank in range(world_size):
         mine = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         ranks.append(subprocess.Popen(stage_command(pipeline, name), env=mine))
-    codes = _wait_for(ranks)
+    codes, first = _wait_for(ranks)
     if any(code == REQUEUE for code in codes):
         raise StageInterrupted(f"stage '{name}' saved its state and stopped")
     if any(codes):
         attempt_path = partial_folder(pipeline.folder(name)) / ATTEMPT
+        if first is not None and codes[first] < 0:
+            # What the others say of it is that somebody no longer answers.
+            by = signal.Signals(-codes[first]).name
+            perhaps = ", as the kernel does when memory runs out" if by == "SIGKILL" else ""
+            raise StageFailed(
+                f"stage '{name}': rank {first} was killed by {by}{perhaps}; what is saved stands, "
+                "the same command goes on from there"
+            )
         error = "see the lines above"
         if attempt_path.is_file():
             error = read_json(attempt_path).get("failed", {}).get("error", error)
@@ -84,9 +92,10 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _wait_for(ranks: list[subprocess.Popen]) -> list[int]:
-    """Exit codes of all ranks; the first bad one ends the rest after a grace of 10 s. A signal
-    goes on to them; one that all had ended before they heard it is passed on as it came."""
+def _wait_for(ranks: list[subprocess.Popen]) -> tuple[list[int], int | None]:
+    """Exit codes of all ranks, and which was the first to end badly; it ends the rest after a
+    grace of 10 s. A signal goes on to them; one that all had ended before they heard it is passed
+    on as it came."""
     came: list[int] = []
 
     def forward(number: int, _frame: Any) -> None:
@@ -98,10 +107,14 @@ def _wait_for(ranks: list[subprocess.Popen]) -> list[int]:
     passed_on = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     before = {number: signal.signal(number, forward) for number in passed_on}
     ending: float | None = None
+    first: int | None = None
     try:
         while any(process.poll() is None for process in ranks):
             time.sleep(0.05)
-            if ending is None and any(process.poll() for process in ranks):
+            bad = [rank for rank, process in enumerate(ranks) if process.poll()]
+            if ending is None and bad:
+                # One that was killed goes before one that found it gone, within a turn.
+                first = min(bad, key=lambda rank: ranks[rank].returncode >= 0)
                 ending = time.monotonic()
             elif ending is not None and time.monotonic() - ending > 10:
                 for process in ranks:
@@ -115,9 +128,11 @@ def _wait_for(ranks: list[subprocess.Popen]) -> list[int]:
                 process.kill()
             process.wait()
     codes = [process.returncode for process in ranks]
+    if first is None and any(codes):  # all at once
+        first = min((rank for rank, code in enumerate(codes) if code), key=lambda r: codes[r] >= 0)
     if came and not any(codes):
         signal.raise_signal(came[0])
-    return codes
+    return codes, first
 
 
 def die_with_parent() -> None:

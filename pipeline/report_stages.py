@@ -75,7 +75,9 @@ def read_stages(root: Path) -> list[StageView]:
     names = {
         path.name.removesuffix(".partial")
         for path in (root.iterdir() if root.is_dir() else ())
-        if path.is_dir() and ((path / MANIFEST).is_file() or (path / ATTEMPT).is_file())
+        if "." not in path.name.removesuffix(".partial")  # not what was put aside
+        and path.is_dir()
+        and ((path / MANIFEST).is_file() or (path / ATTEMPT).is_file())
     }
     views = {name: _view(root, name) for name in sorted(names)}
     for view in views.values():

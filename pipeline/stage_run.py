@@ -77,7 +77,7 @@ def run_here(pipeline: Pipeline, name: str, rank: Rank | None = None) -> None:
     rank = rank or Rank()
     spec = pipeline.stages[name]
     folder = pipeline.folder(name)
-    attempt_id = os.environ.get(ATTEMPT_VARIABLE) or uuid.uuid4().hex
+    attempt_id = _attempt_id(rank)
     with ExitStack() as stack:
         if rank.rank == 0:
             slurm_job.note_attempt(pipeline, name)
@@ -101,6 +101,18 @@ def run_here(pipeline: Pipeline, name: str, rank: Rank | None = None) -> None:
         if rank.rank == 0:
             stage.tracker = _tracker(pipeline, spec, stage, attempt)
         _attempt(pipeline, spec, stage, attempt)
+
+
+def _attempt_id(rank: Rank) -> str:
+    """What tells the ranks of one start from those of another. RequestError where several were
+    started without it: each would wait for ever for the others."""
+    given = os.environ.get(ATTEMPT_VARIABLE)
+    if not given and rank.world_size > 1:
+        raise RequestError(
+            f"rank {rank.rank} of {rank.world_size}: {ATTEMPT_VARIABLE} is not set; give all ranks "
+            "of one start the same word, of another start another one"
+        )
+    return given or uuid.uuid4().hex
 
 
 def run_part(pipeline: Pipeline, name: str, part: int, parts: int) -> None:
@@ -177,16 +189,15 @@ def _attempt(pipeline: Pipeline, spec: StageSpec, stage: Stage, attempt: dict[st
 
 
 def _prepare(pipeline: Pipeline, spec: StageSpec, attempt_id: str) -> dict[str, Any]:
-    """Make or take up the unfinished folder; what was made under other settings is dropped."""
+    """Make or take up the unfinished folder; what was made under other settings is put aside."""
     folder = partial_folder(pipeline.folder(spec.name))
     fingerprint = pipeline.fingerprint(spec.name)
     attempt: dict[str, Any] = {"fingerprint": fingerprint, "attempts": 0, "seconds": 0.0}
+    _change_places(pipeline.folder(spec.name), spec.name, fingerprint)
     if (folder / ATTEMPT).is_file():
         earlier = read_json(folder / ATTEMPT)
         if earlier["fingerprint"] == fingerprint:
             attempt = earlier
-        elif any(path.name not in OF_THE_ATTEMPT for path in folder.iterdir()):
-            say(f"  {spec.name}: unfinished work under other settings is dropped")
     if attempt["attempts"] == 0 and folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -202,6 +213,30 @@ def _prepare(pipeline: Pipeline, spec: StageSpec, attempt_id: str) -> dict[str, 
     (folder / "config.yaml").write_text(merged)
     write_json(folder / ATTEMPT, attempt)
     return attempt
+
+
+def _change_places(folder: Path, name: str, fingerprint: str) -> None:
+    """Put unfinished work under other settings aside, and take up again what was begun under
+    these. A setting that is tried, or mistyped, costs no training; one such folder is kept."""
+    partial = partial_folder(folder)
+    if (partial / ATTEMPT).is_file():
+        earlier = read_json(partial / ATTEMPT)["fingerprint"]
+        if earlier == fingerprint:
+            return
+        if any(path.name not in OF_THE_ATTEMPT for path in partial.iterdir()):
+            aside = artifact.aside_folder(folder, earlier)
+            for older in artifact.asides(folder):
+                if older != artifact.aside_folder(folder, fingerprint):
+                    shutil.rmtree(older)
+                    say(f"  {name}: {older.name}, put aside before, is removed")
+            partial.replace(aside)
+            say(f"  {name}: unfinished work under other settings is put aside: {aside.name}")
+    begun = artifact.aside_folder(folder, fingerprint)
+    if begun.is_dir():
+        if partial.exists():
+            shutil.rmtree(partial)
+        begun.replace(partial)
+        say(f"  {name}: goes on with what was put aside for these settings")
 
 
 def _wait_for_prepare(folder: Path, attempt_id: str) -> dict[str, Any]:

@@ -24,6 +24,13 @@ def whole(path: Path) -> Iterator[Path]:
         raise
 
 
+def as_usual(path: Path) -> None:
+    """Give a file that a library made for its owner alone the permissions of any other."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write UTF-8 text whole or not at all; it is on the disk when this returns."""
     with whole(path) as temporary, open(temporary, "w", encoding="utf-8") as file:

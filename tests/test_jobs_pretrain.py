@@ -1,6 +1,7 @@
 """pretrain: it learns, resumes bit for bit after any kill, and never learns from a fault."""
 
 import json
+import math
 import os
 import random
 import signal
@@ -16,6 +17,7 @@ from chainrule.jobs import pretrain, verify
 from chainrule.pipeline.artifact import ArtifactError, LineageError, read_json, sha256_file
 from chainrule.pipeline.config import RequestError
 from chainrule.pipeline.data.reader import ShardError
+from chainrule.pipeline.pipeline_file import load_pipeline
 from chainrule.pipeline.stage import REQUEUE, Stage, StageFailed, StageInterrupted
 from chainrule.pipeline.training.checkpoints import Checkpoint, newest, steps_in
 from chainrule.pipeline.training.engine import Engine
@@ -433,6 +435,66 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tmp_path, tex
     ]
 
 
+def test_where_no_checkpoint_is_whole_nothing_begins_anew(tmp_path, text):
+    folder = tmp_path / "decoder"
+    run(folder, [text], steps=10)
+    losses = ranks.losses_of(folder)
+    for state in (folder / "checkpoints").glob("step-*/state-00000.safetensors"):
+        state.write_bytes(b"torn")
+    with pytest.raises(ArtifactError, match="none of 2 checkpoints is whole .* begin at step 0"):
+        run(folder, [text], steps=10)
+    assert ranks.losses_of(folder) == losses
+
+
+def test_what_a_signal_breaks_is_an_interruption(tmp_path, text, monkeypatch):
+    """A compiler, or another rank, that hears the same signal ends what the step waits for."""
+    folder = tmp_path / "decoder"
+    update = Engine.update
+
+    def breaking(after: int, signalled: bool) -> Any:
+        left = [after]
+
+        def broken(engine: Engine, *arguments: Any) -> Any:
+            if left[0]:
+                left[0] -= 1
+                return update(engine, *arguments)
+            if signalled:
+                os.kill(os.getpid(), signal.SIGTERM)
+            raise ConnectionResetError("the other side is gone")
+
+        return broken
+
+    for signalled, error in ((True, StageInterrupted), (False, ConnectionResetError)):
+        with monkeypatch.context() as patch:
+            patch.setattr(Engine, "update", breaking(7, signalled))
+            with pytest.raises(error):
+                run(folder, [text], steps=20)
+    run(folder, [text], steps=20)
+    run(tmp_path / "whole", [text], steps=20)
+    assert ranks.losses_of(folder) == ranks.losses_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["d.engine.strategy=single", "d.resources.processes=2"], "same data 2 times; use ddp"),
+        (["d.engine.strategy=zero0", "d.precision=bf16"], "first update is wrong"),
+    ],
+)
+def test_strategies_that_cannot_work_are_refused_before_anything_runs(tmp_path, overrides, words):
+    path = tmp_path / "p.yaml"
+    path.write_text(
+        "name: p\nstages:\n"
+        "  t: {job: ingest, source: {kind: text, path: x}}\n"
+        "  k: {job: train_tokenizer, inputs: {data: t}, tokenizer: {kind: bytes}}\n"
+        "  s: {job: pretokenize, inputs: {data: t, tokenizer: k}}\n"
+        "  d: {job: pretrain, inputs: {tokens: s}, model: gpt2-debug, steps: 2, batch_size: 2}\n"
+    )
+    pipeline = load_pipeline(path, overrides)
+    with pytest.raises(RequestError, match=f"stage 'd': .*{words}"):
+        pretrain.check(pipeline, pipeline.stages["d"])
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -454,6 +516,10 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(tmp_path, tex
         ),
         ({"accumulate": 5}, "batch_size 12 does not divide by accumulate 5"),
         ({"steps": 0}, "greater than or equal to 1"),
+        *(
+            ({"mixture_weights": {"a": weight, "b": 1}}, "a: .* is no share of the rows; leave")
+            for weight in (0, -1, math.inf, math.nan)
+        ),
         *(
             (
                 {"optimizer": {"name": "muon"}, "engine": {"strategy": strategy}},

@@ -1,6 +1,7 @@
 """Pipeline files: parsing, overrides, faults by file and line, order, fingerprints, states."""
 
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from chainrule.pipeline import (
     launch,
     pipeline_file,
     pipeline_run,
+    ranks,
     stage_run,
 )
 from chainrule.pipeline.config import RequestError, Settings, runtime
@@ -239,13 +241,40 @@ def test_a_failure_ends_what_hangs_on_it_and_with_keep_going_no_more(
     assert launch.run_pipeline(load(config, "c.fail=true"), Selection(), keep_going=True) == DONE
 
 
-def test_unfinished_work_under_other_settings_is_dropped(config: Path) -> None:
+def test_unfinished_work_under_other_settings_is_put_aside(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(StageFailed):
         launch.run_pipeline(load(config, "c.fail=true"), Selection())
     assert "under other settings" in load(config).state("c")[1]
     assert load(config).state("d")[1] == "never run"
     launch.run_pipeline(load(config), Selection())
     assert (load(config).folder("c") / "attempts.txt").read_text() == "x"
+
+    # Asked for again, it goes on where it was.
+    assert load(config, "c.fail=true").state("c")[0] is State.UNFINISHED
+    launch.run_pipeline(load(config, "c.fail=true"), Selection())
+    assert (load(config).folder("c") / "attempts.txt").read_text() == "xx"
+    assert not list(load(config).root.glob("*.aside-*"))
+    said = capsys.readouterr().err
+    assert "unfinished work under other settings is put aside: c.aside-" in said
+    assert "goes on with what was put aside for these settings" in said
+
+
+def test_one_unfinished_work_is_kept_aside(config: Path) -> None:
+    asked = [("c.fail=true", f"c.times={times}") for times in (1, 2, 3)]
+    for settings in asked:
+        with pytest.raises(StageFailed):
+            launch.run_pipeline(load(config, *settings), Selection())
+    pipelines = [load(config, *settings) for settings in asked]
+    aside = artifact.asides(pipelines[0].folder("c"))
+    assert aside == [artifact.aside_folder(pipelines[1].folder("c"), pipelines[1].fingerprint("c"))]
+    # The two change places.
+    launch.run_pipeline(load(config, *asked[1]), Selection(until=("c",)))
+    assert load(config, *asked[2]).state("c")[0] is State.UNFINISHED
+    with pytest.raises(StageFailed):
+        launch.run_pipeline(load(config, *asked[2]), Selection(until=("c",), force=("c",)))
+    assert not artifact.asides(pipelines[0].folder("c"))  # begun anew is begun anew
 
 
 def test_a_stage_stands_though_its_raw_data_are_gone(
@@ -348,6 +377,32 @@ def test_what_an_earlier_program_began_goes_on(
     launch.run_pipeline(load(config, "c.fail=true"), Selection())
     assert (load(config).folder("c") / "attempts.txt").read_text() == "xx"  # not begun anew
     assert set(states(config, "c.fail=true").values()) == {"fresh"}
+
+
+def test_ranks_started_without_a_common_word_are_refused(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(stage_run.ATTEMPT_VARIABLE, raising=False)
+    for rank in range(2):
+        with pytest.raises(RequestError, match=f"rank {rank} of 2: CHAINRULE_ATTEMPT is not set"):
+            stage_run.run_here(load(config), "a", stage_run.Rank(rank, 2))
+    assert not (load(config).root / "a.partial").exists()
+
+
+def test_the_rank_that_was_killed_is_named_and_not_those_that_missed_it(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = """
+import os, signal, sys, time
+if os.environ["RANK"] == "1":
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(0.2)
+sys.exit(1)
+"""
+    monkeypatch.setattr(ranks, "stage_command", lambda *_: [sys.executable, "-c", script])
+    asked = load(config, "a.resources.processes=3")
+    with pytest.raises(StageFailed, match="rank 1 was killed by SIGKILL.*goes on from there"):
+        ranks.run_ranks(asked, "a")
 
 
 def test_selection(config: Path) -> None:

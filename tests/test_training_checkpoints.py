@@ -93,11 +93,23 @@ def test_a_damaged_one_is_named_and_the_one_before_is_taken(tmp_path, caplog, fi
     assert "the checkpoint before it is taken" in caplog.text
 
 
-def test_no_whole_checkpoint_is_none(tmp_path):
-    save(CheckpointWriter(tmp_path), 1)
-    (step_folder(tmp_path, 1) / "checkpoint.json").unlink()
+def test_none_at_all_is_none_and_none_whole_is_an_error(tmp_path):
     assert newest(tmp_path) is None
     assert newest(tmp_path / "absent") is None
+    save(CheckpointWriter(tmp_path), 1)
+    (step_folder(tmp_path, 1) / "checkpoint.json").unlink()
+    with pytest.raises(CheckpointDamaged, match="none of 1 checkpoints is whole"):
+        newest(tmp_path)
+
+
+def test_others_may_read_what_others_may_read_else(tmp_path):
+    before = os.umask(0o027)
+    try:
+        save(CheckpointWriter(tmp_path), 1)
+    finally:
+        os.umask(before)
+    for path in step_folder(tmp_path, 1).iterdir():
+        assert path.stat().st_mode & 0o777 == 0o640, path.name
 
 
 def test_a_newer_format_is_refused(tmp_path):

@@ -77,6 +77,19 @@ def test_rates_leave_out_what_is_not_training(monkeypatch):
     assert found["data_stall"] == pytest.approx(0.25)
 
 
+def test_no_more_than_the_peak_is_ever_reached(monkeypatch):
+    """One that was measured while the machine did other things is put right."""
+    clock = iter([0.0, 1.0, 2.0])
+    monkeypatch.setattr(
+        "chainrule.pipeline.training.throughput.time.perf_counter", lambda: next(clock)
+    )
+    meter = Meter(flops_per_element=10.0, peak=100.0)
+    meter.step(20)
+    assert meter.report(data_stalled=0.0)["peak_share"] == 1.0
+    meter.step(10)
+    assert meter.report(data_stalled=0.0)["peak_share"] == pytest.approx(0.5)
+
+
 def test_a_checkpoints_share_is_of_the_time_since_the_one_before(monkeypatch):
     clock = iter([0.0, 9.0, 10.0, 12.0, 29.0, 30.0, 30.5, 31.0, 32.0, 33.0])
     monkeypatch.setattr(

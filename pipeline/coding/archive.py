@@ -154,7 +154,8 @@ def pack(
         if not larger:
             break
         for i in larger:
-            splits[i] = NotForModel(LARGER)
+            under = sum(map(len, coded[i].parts))
+            splits[i] = NotForModel(f"{LARGER} ({under:,} bytes)")
     return _assemble(model, files, splits, coded, fallback, layout)
 
 

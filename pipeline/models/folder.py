@@ -29,7 +29,7 @@ from chainrule.pipeline.models.contract import Autoregressive
 from chainrule.pipeline.models.decoder import Decoder
 from chainrule.pipeline.models.decoder_config import DecoderConfig
 from chainrule.pipeline.models.registry import build, resolve
-from chainrule.pipeline.whole_file import whole
+from chainrule.pipeline.whole_file import as_usual, whole
 
 FORMAT = 1
 WEIGHTS = "weights.safetensors"
@@ -165,6 +165,7 @@ def _write_weights(weights: dict[str, Tensor], folder: Path, shard_bytes: int) -
     for name, shard in zip(names, shards, strict=True):
         with whole(folder / name) as temporary:
             save_file(shard, temporary)
+            as_usual(temporary)
     if len(shards) > 1:
         places = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         total = sum(tensor.nbytes for tensor in weights.values())

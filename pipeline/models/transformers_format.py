@@ -31,6 +31,7 @@ from chainrule.pipeline.models.transformers_config import (
     read_config,
     their_config,
 )
+from chainrule.pipeline.whole_file import as_usual
 
 
 @dataclass(frozen=True)
@@ -222,6 +223,7 @@ def to_transformers(model: Autoregressive, folder: str | Path, eos: int | None =
         head = state["head.weight"]
         weights["lm_head.weight"] = torch.cat([head, head.new_zeros(unused, head.shape[1])])
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    as_usual(folder / "model.safetensors")
 
     bos = config.bos if config.bos is not None else size + len(starts) - 1
     generation: dict[str, Any] = {"bos_token_id": bos}

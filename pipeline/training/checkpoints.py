@@ -39,7 +39,7 @@ from torch import Tensor
 
 from chainrule.pipeline.artifact import ArtifactError, read_json, sha256_file, write_json
 from chainrule.pipeline.stage import StageFailed
-from chainrule.pipeline.whole_file import write_whole
+from chainrule.pipeline.whole_file import as_usual, write_whole
 
 FORMAT = 1
 MANIFEST = "checkpoint.json"
@@ -122,12 +122,22 @@ class Checkpoint:
 
 
 def newest(folder: Path) -> Checkpoint | None:
-    """The newest whole checkpoint; each damaged one before it is named in the log."""
-    for step in reversed(steps_in(folder)):
+    """The newest whole checkpoint, None where there never was one; each damaged one that is newer
+    is named in the log. CheckpointDamaged where none of those that are there is whole: nobody
+    means a training to begin anew without a word."""
+    steps = steps_in(folder)
+    for step in reversed(steps):
         try:
             return Checkpoint.open(step_folder(folder, step))
         except CheckpointDamaged as error:
-            log.warning("%s; the checkpoint before it is taken", error)
+            log.warning("%s", error)
+            if step != steps[0]:
+                log.warning("the checkpoint before it is taken")
+    if steps:
+        raise CheckpointDamaged(
+            f"{folder}: none of {len(steps)} checkpoints is whole (see above); put a whole one "
+            "back, or remove the folder to begin at step 0"
+        )
     return None
 
 
@@ -303,6 +313,7 @@ class CheckpointWriter:
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file and sync it to disk."""
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    as_usual(path)
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 

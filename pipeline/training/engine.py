@@ -113,9 +113,7 @@ class Engine:
         """
         gpu = torch.cuda.is_available() if gpu is None else gpu
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
-        strategy = settings.strategy
-        if strategy == "auto":
-            strategy = "single" if ranks == 1 else "ddp"
+        strategy = strategy_of(settings, ranks)
         check_combination(strategy, precision, ranks, gpu)
         self.settings, self.precision, self.clip = settings, precision, clip
         self.strategy = strategy
@@ -626,6 +624,13 @@ class Engine:
 
 
 # --- pieces -----------------------------------------------------------------------------
+
+
+def strategy_of(settings: EngineSettings, ranks: int) -> str:
+    """The strategy that `auto` stands for with so many ranks, or the one that is named."""
+    if settings.strategy == "auto":
+        return "single" if ranks == 1 else "ddp"
+    return settings.strategy
 
 
 def check_combination(strategy: str, precision: str, ranks: int, gpu: bool) -> None:

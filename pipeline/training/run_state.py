@@ -43,7 +43,9 @@ class RunState:
     def restore(self, checkpoint: Checkpoint) -> None:
         """LineageError where the checkpoint is of another model."""
         found = checkpoint.state["model"]
-        require_same("models", found, str(checkpoint.folder), self.model, "what the settings ask")
+        remedy = f"remove {checkpoint.folder.parent}, or ask for the model that it is of"
+        where = str(checkpoint.folder)
+        require_same("models", found, where, self.model, "what the settings ask", remedy)
         for name in self.state():
             setattr(self, name, checkpoint.state[name])
         self.saved_step = self.step

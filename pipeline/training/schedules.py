@@ -20,7 +20,9 @@ class ScheduleSettings(Settings):
 
     name: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     warmup: int = Field(0, ge=0, description="steps of linear warm-up")
-    floor: float = Field(0.1, ge=0, le=1, description="last factor")
+    floor: float = Field(
+        0.1, ge=0, le=1, description="factor that is reached when all steps are done"
+    )
     decay: float = Field(0.2, gt=0, le=1, description="wsd: share of the steps that decay")
 
     def factor(self, step: int, steps: int) -> float:

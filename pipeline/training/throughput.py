@@ -129,6 +129,8 @@ class Meter:
         now = time.perf_counter()
         spent = max(now - self._began - sum(self._left_out.values()), 1e-9)
         rate = self._elements / spent
+        # What is done cannot be more than what could be: the measurement was disturbed.
+        self._peak = max(self._peak, rate * self._flops)
         stalled = max(data_stalled - self._stalled_before, 0.0)
         found = {
             "tokens_per_second": rate,
