@@ -65,6 +65,24 @@ def train(
 
 
 @bench.command()
+def loader(
+    tokens: Annotated[Path, typer.Argument(help="Folder of token shards.")],
+    shape: Annotated[list[str] | None, typer.Option(help="4x128, 6x384, 124m")] = None,
+    precision: Annotated[list[str] | None, typer.Option(help="fp32, bf16")] = None,
+    rounds: RoundsOption = 9,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each kind in a round.")] = 30,
+    workers: Annotated[int, typer.Option(min=0, help="Threads of the loader.")] = 1,
+) -> None:
+    """A pretraining step on batches read from shards against one on a ready batch."""
+    from chainrule.pipeline.training import bench as training
+
+    shapes = _chosen("shape", shape or ["4x128"], training.SHAPES)
+    precisions = _chosen("precision", precision or ["fp32"], ("fp32", "bf16"))
+    folder = Artifact.open(tokens).folder
+    _print(training.loader(folder, shapes, precisions, rounds, steps, workers))
+
+
+@bench.command()
 def cursor(
     family: Annotated[
         list[str] | None, typer.Option(help="Which families; wavenet-4000, pixelcnnpp-32, …-paper.")

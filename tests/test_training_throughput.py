@@ -1,8 +1,13 @@
 """What is reported of speed: operations counted, rates, and the bench's contestants."""
 
+import sys
+import time
+from pathlib import Path
+
 import pytest
 import torch
 
+from chainrule.pipeline.data.batches import Mixture
 from chainrule.pipeline.models.registry import build
 from chainrule.pipeline.progress import Progress
 from chainrule.pipeline.training import bench
@@ -14,6 +19,9 @@ from chainrule.pipeline.training.throughput import (
     multiplied_weights,
     progress_line,
 )
+
+sys.path.insert(0, str(Path(__file__).parent))
+import pretrain_ranks as ranks
 
 
 def test_a_decoder_costs_6n_and_the_attention():
@@ -148,6 +156,26 @@ def test_speeds_have_three_digits(speed, said):
 
 def test_the_peak_is_a_number_of_operations():
     assert measured_peak(torch.device("cpu"), "fp32") > 1e8
+
+
+@pytest.mark.slow
+def test_the_loaders_bench_says_what_reading_costs(monkeypatch, tmp_path):
+    tokens = ranks.write_tokens(tmp_path / "text", "text")
+    tiny = {"layers": 1, "heads": 2, "width": 16, "context": 16, "vocabulary_size": 30}
+    monkeypatch.setitem(bench.SHAPES, "tiny", (4, tiny))
+    [row] = bench.loader(tokens, ["tiny"], rounds=3, steps=10, gpu=False)
+    assert row["loaded / ready"] > 0.5
+    assert 0 <= row["waited"] < 1
+    fetch = Mixture.batch
+
+    def slow(self: Mixture, *arguments: int):
+        time.sleep(0.05)
+        return fetch(self, *arguments)
+
+    monkeypatch.setattr(Mixture, "batch", slow)
+    [slower] = bench.loader(tokens, ["tiny"], rounds=3, steps=10, gpu=False)
+    assert slower["loaded / ready"] > 2 * row["loaded / ready"]
+    assert slower["waited"] > 0.5
 
 
 @pytest.mark.slow

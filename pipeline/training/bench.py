@@ -1,8 +1,11 @@
-"""How fast training is, as ratios within one run: `chainrule bench train`.
+"""How fast training is, as ratios within one run: `chainrule bench train`, `bench loader`.
 
     ours           a step of the pretraining loop: seed, schedule, update, faults, log line
     bare           forward, backward, clip, fused AdamW on the same module: what the loop adds
     transformers   GPT2LMHeadModel of the same shape with Accelerate, in the plainest way
+
+And the same step on batches that the loader reads from shards while it trains, against the step on
+one ready batch: what reading costs, however far ahead it is done.
 
 Contestants take turns; each ratio is the median of the rounds' ratios.
 """
@@ -10,14 +13,17 @@ Contestants take turns; each ratio is the median of the rounds' ratios.
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 
-from chainrule.pipeline.data.batches import Batch
+from chainrule.pipeline.data.batches import Batch, Loader, mixture_of
+from chainrule.pipeline.data.tokens import TokenSet
 from chainrule.pipeline.devices import synchronise
 from chainrule.pipeline.models.contract import Autoregressive
 from chainrule.pipeline.models.registry import build
@@ -43,6 +49,8 @@ SHAPES: dict[str, tuple[int, dict[str, Any]]] = {
         {"layers": 12, "heads": 12, "width": 768, "context": 1024, "vocabulary_size": 50257},
     ),
 }
+AHEAD = 8
+"""Steps that are not measured after a loader is opened: more than it fetches ahead."""
 Step = Callable[[], object]
 
 
@@ -64,8 +72,9 @@ def train(
                 model = build({"family": "gpt2", **shape, "bos": 0}, seed=0)
                 batch = random_batch(size, shape).to(engine.device)
                 flops = flops_per_element(model)
-                steps = {
-                    "ours": our_step(engine, model, batch, flops, Path(t)),
+                ours = our_step(engine, model, flops, Path(t))
+                steps: dict[str, Step] = {
+                    "ours": partial(ours, batch),
                     "bare": bare_step(engine.device, shape, batch, precision, compiled),
                 }
                 theirs = transformers_step(engine.device, shape, batch, precision, compiled)
@@ -73,16 +82,82 @@ def train(
                     steps["transformers"] = theirs
                 times = take_turns(steps, rounds, engine.device)
                 peak = measured_peak(engine.device, precision)
-            ours = statistics.median(times["ours"])
+            seconds = statistics.median(times["ours"])
             row: dict[str, Any] = {"shape": name, "batch": size, "precision": precision}
             row |= {f"{who} ms": 1000 * statistics.median(found) for who, found in times.items()}
             row["over bare"] = ratio(times["ours"], times["bare"])
             if theirs is not None:
                 row["transformers / ours"] = ratio(times["transformers"], times["ours"])
-            row["tokens/s"] = batch.tokens / ours
-            row["share of peak"] = batch.tokens * flops / ours / peak
+            row["tokens/s"] = batch.tokens / seconds
+            row["share of peak"] = batch.tokens * flops / seconds / peak
             rows.append(row)
     return rows
+
+
+def loader(
+    tokens: Path,
+    shapes: Sequence[str] = ("4x128",),
+    precisions: Sequence[str] = ("fp32",),
+    rounds: int = 9,
+    steps: int = 30,
+    workers: int = 1,
+    gpu: bool | None = None,
+) -> list[dict[str, Any]]:
+    """A row a shape and precision: a step on batches of these shards against one on a ready batch.
+
+    `tokens`: a pretokenize artifact; its vocabulary takes the place of the shape's. A round is
+    `steps` steps of each kind; what the loader had fetched before they began is used up first.
+    """
+    rows = []
+    for name in shapes:
+        size, shape = SHAPES[name]
+        read_from = TokenSet.open(tokens, "train")
+        drawn = mixture_of([read_from], context=shape["context"])
+        shape = {**shape, "vocabulary_size": read_from.vocabulary.values}
+        for chosen in precisions:
+            precision = cast(Precision, chosen)
+            settings = EngineSettings(strategy="single")
+            with Engine(settings, precision, gpu=gpu) as engine, tempfile.TemporaryDirectory() as t:
+                model = build({"family": "gpt2", **shape, "bos": 0}, seed=0)
+                step = our_step(engine, model, flops_per_element(model), Path(t))
+                ready = drawn.batch(0, size)
+                pin = engine.device.type == "cuda"
+                times: dict[str, list[float]] = {"ready": [], "loaded": [], "stall": []}
+                for turn in range(rounds + 1):
+                    spent = _steps(engine, step, repeat(ready), steps)
+                    with Loader(drawn, size, step=turn * steps, workers=workers, pin=pin) as read:
+                        for _ in range(AHEAD):
+                            step(next(read))
+                        before = read.stalled
+                        loaded = _steps(engine, step, read, steps)
+                        stalled = read.stalled - before
+                    if turn:  # the first is warm-up
+                        for kind, seconds in zip(times, (spent, loaded, stalled), strict=True):
+                            times[kind].append(seconds)
+            rows.append(
+                {
+                    "shape": name,
+                    "batch": size,
+                    "precision": precision,
+                    "ready ms": 1000 * statistics.median(times["ready"]) / steps,
+                    "loaded ms": 1000 * statistics.median(times["loaded"]) / steps,
+                    "loaded / ready": ratio(times["loaded"], times["ready"]),
+                    "waited": ratio(times["stall"], times["loaded"]),
+                }
+            )
+    return rows
+
+
+def _steps(
+    engine: Engine, step: Callable[[Batch], object], batches: Iterator[Batch], count: int
+) -> float:
+    """Seconds of so many steps."""
+    synchronise(engine.device)
+    began = time.perf_counter()
+    for _ in range(count):
+        step(next(batches))
+    synchronise(engine.device)
+    return time.perf_counter() - began
 
 
 def random_batch(size: int, shape: dict[str, Any]) -> Batch:
@@ -92,9 +167,9 @@ def random_batch(size: int, shape: dict[str, Any]) -> Batch:
 
 
 def our_step(
-    engine: Engine, model: Autoregressive, batch: Batch, flops: float, folder: Path
-) -> Step:
-    """What `jobs.pretrain` does in a step, on ready tensors."""
+    engine: Engine, model: Autoregressive, flops: float, folder: Path
+) -> Callable[[Batch], object]:
+    """What `jobs.pretrain` does in a step."""
     objective = Objective(model, documents=True)
     engine.prepare(model, lambda module: build_optimizer(module, OptimizerSettings()))
     monitor = FaultMonitor(FaultSettings())
@@ -103,7 +178,7 @@ def our_step(
     stage = Stage("bench", "bench", "pretrain", folder, "")
     done = 0
 
-    def step() -> None:
+    def step(batch: Batch) -> None:
         nonlocal done
         elements, _, _ = engine.sum(batch.tokens, 0.0, 0.0)
         torch.manual_seed(done)
