@@ -215,6 +215,8 @@ def train(config: Config, stage: Stage, engine: Engine, stop: StopSignals) -> No
         write_json(stage.folder / "model.json", description)
         for line in unlikely(drawn, sizes[-1][1], config.model, model_config):
             say(f"  {stage.name}: {line}")
+        if config.engine.compile:
+            say(f"  {stage.name}: the first step, and the first validation, wait for the compiler")
         if config.schedule.warmup > config.steps:
             say(
                 f"  {stage.name}: schedule.warmup {config.schedule.warmup} is longer than the "
