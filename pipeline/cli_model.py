@@ -14,7 +14,7 @@ import pydantic
 import typer
 import yaml
 
-from chainrule.pipeline.artifact import Artifact, ArtifactError, new_folder
+from chainrule.pipeline.artifact import Artifact, new_folder
 from chainrule.pipeline.bare_stage import bare_stage
 from chainrule.pipeline.catalogue import job_module
 from chainrule.pipeline.cli import ModelArgument, app, model_folders
@@ -277,9 +277,8 @@ def export(
 def verify(
     run: Annotated[Path, typer.Argument(help="A pretrain artifact with a ledger.")],
 ) -> None:
-    """Read the ledger of a pretraining run: samples skipped and repeated; exit 1 unless 0 and 0."""
-    if not run.is_dir():
-        raise ArtifactError(f"{run}: no such folder")
+    """Read the ledger of a pretraining run: steps covered, samples skipped and repeated; exit 1
+    unless every step that was trained is there once and the samples are 0 and 0."""
     raise typer.Exit(DONE if job_module_by_verb("verify").main(run, typer.echo) else FAILED)
 
 

@@ -3,10 +3,12 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -343,7 +345,7 @@ def test_ledger_proves_kills_and_other_world_sizes(
     lines: list[str] = []
     assert verify_job.main(tmp_path, lines.append)
     assert lines[-1] == "samples skipped 0, repeated 0"
-    findings = ledger.verify(tmp_path)
+    findings = ledger.verify(ledger.read(tmp_path))
     assert sum(found.rows for found in findings) == 60 * 12
     assert len({found.set for found in findings}) == len(sets)
 
@@ -356,12 +358,13 @@ def test_ledger_counts_what_was_skipped_repeated_and_misplaced(
     record_steps(tmp_path, mixture, range(5), 1, 10)
     record_steps(tmp_path, mixture, range(4, 6), 1, 10)  # step 4 again: no rewind
     record_steps(tmp_path, mixture, range(8, 10), 1, 10)  # steps 6 and 7 never
-    (found,) = ledger.verify(tmp_path)
+    (found,) = ledger.verify(ledger.read(tmp_path))
     assert (found.skipped, found.repeated, found.misplaced) == (20, 10, 0)
     lines: list[str] = []
     assert not verify_job.main(tmp_path, lines.append)
     assert lines == [
         "images epoch 0: 80/130 rows, skipped 20, repeated 10",
+        "steps 8 of 10, rows 80, samples 80; missing: 7-8; twice: 5",
         "samples skipped 20, repeated 10",
     ]
 
@@ -369,7 +372,7 @@ def test_ledger_counts_what_was_skipped_repeated_and_misplaced(
 def test_ledger_sees_another_order(images: TokenSet, tmp_path: Path) -> None:
     ledger.write_header(tmp_path, mixture_of([images]))
     record_steps(tmp_path, mixture_of([images], seed=1), range(13), 1, 10)
-    (found,) = ledger.verify(tmp_path)
+    (found,) = ledger.verify(ledger.read(tmp_path))
     assert found.skipped == found.repeated == 0  # an epoch in another order
     assert found.misplaced > 100
     assert not found.good
@@ -382,8 +385,9 @@ def test_ledger_sees_a_document_consumed_in_part(text: TokenSet, tmp_path: Path)
     path = tmp_path / "rank-0000.ledger"
     records = np.fromfile(path, ledger.RECORD)
     records["stop"][17] -= 1
+    records["crc"] = ledger.checksums(records)
     records.tofile(path)
-    (found,) = ledger.verify(tmp_path)
+    (found,) = ledger.verify(ledger.read(tmp_path))
     assert (found.skipped, found.repeated, found.misplaced) == (1, 0, 1)
 
 
@@ -393,10 +397,114 @@ def test_a_torn_ledger_loses_its_last_record_alone(images: TokenSet, tmp_path: P
     record_steps(tmp_path, mixture, range(3), 1, 10)
     path = tmp_path / "rank-0000.ledger"
     os.truncate(path, path.stat().st_size - 5)
-    assert len(ledger.read_records(tmp_path)) == 29
+    assert len(ledger.read(tmp_path, unfinished=True).records) == 29
+    with pytest.raises(ledger.LedgerDamaged, match="rank-0000.ledger: record 29 is cut: 51 of 56"):
+        ledger.read(tmp_path)
     ledger.rewind(tmp_path, 2)
     record_steps(tmp_path, mixture, range(2, 4), 1, 10)
-    assert all(found.good for found in ledger.verify(tmp_path))
+    assert all(found.good for found in ledger.verify(ledger.read(tmp_path)))
+
+
+def damaged(folder: Path, change: Callable[[bytearray], object], name: str) -> str:
+    """What `verify` says, in one line, of a copy of the ledger whose bytes `change` altered."""
+    copy = folder.with_name("copy")
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(folder, copy)
+    data = bytearray((copy / name).read_bytes())
+    change(data)
+    (copy / name).write_bytes(data)
+    lines: list[str] = []
+    assert not verify_job.main(copy, lines.append)
+    (line,) = lines
+    assert str(copy / name) in line
+    assert "--force" in line
+    return line
+
+
+def flip(data: bytearray, at: int) -> None:
+    data[at] ^= 4
+
+
+def test_a_hole_or_a_flipped_bit_in_a_ledger_is_named(images: TokenSet, tmp_path: Path) -> None:
+    folder = tmp_path / "kept"
+    ledger.write_header(folder, mixture_of([images]))
+    record_steps(folder, mixture_of([images]), range(13), 1, 10)
+    ranks, size = "rank-0000.ledger", ledger.RECORD.itemsize
+    for record in (0, 17, 129):
+        for byte in range(size):
+            line = damaged(folder, lambda data, at=record * size + byte: flip(data, at), ranks)
+            assert f"record {record} of 130 was altered" in line
+
+    def cut(start: int, stop: int) -> str:
+        return damaged(folder, lambda data: data.__delitem__(slice(start, stop)), ranks)
+
+    assert f"record {2000 // size} of" in cut(2000, 2500)
+    assert "record 3 of 128" in cut(3 * size, 5 * size)  # whole records
+    assert "record 129 is cut" in cut(130 * size - 7, 130 * size)
+    for name in ("sets.json", "set-0.lengths.npy"):
+        whole = len((folder / name).read_bytes())
+        for at in (whole // 2, whole - 3):
+            damaged(folder, lambda data, at=at: flip(data, at), name)
+        damaged(folder, lambda data, at=at: data.__delitem__(slice(at, None)), name)
+        damaged(folder, bytearray.clear, name)
+
+
+def test_a_damaged_record_stops_no_training(
+    images: TokenSet, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mixture = mixture_of([images])
+    ledger.write_header(tmp_path, mixture)
+    record_steps(tmp_path, mixture, range(6), 1, 10)
+    path = tmp_path / "rank-0000.ledger"
+    data = bytearray(path.read_bytes())
+    flip(data, 3 * ledger.RECORD.itemsize)  # of step 0, which now seems to be another
+    path.write_bytes(data)
+    ledger.rewind(tmp_path, 4)
+    assert "record 3 was altered" in caplog.text
+    record_steps(tmp_path, mixture, range(4, 6), 1, 10)
+    with pytest.raises(ledger.LedgerDamaged, match="record 3 of 60"):
+        ledger.read(tmp_path)
+
+
+def unguarded(folder: Path) -> None:
+    """Make of a ledger what the format before was."""
+    header = json.loads((folder / "sets.json").read_text()) | {"format": 1}
+    del header["crc"]
+    for entry in header["sets"]:
+        del entry["lengths_crc"]
+    (folder / "sets.json").write_text(json.dumps(header))
+    for path in folder.glob("rank-*.ledger"):
+        records = np.fromfile(path, ledger.RECORD)
+        records["crc"] = 0
+        records.tofile(path)
+
+
+def test_a_ledger_of_the_format_before_is_read_and_gone_on_with(
+    images: TokenSet, tmp_path: Path
+) -> None:
+    mixture = mixture_of([images])
+    folder = tmp_path / "kept"
+    ledger.write_header(folder, mixture)
+    record_steps(folder, mixture, range(5), 1, 10)
+    unguarded(folder)
+    lines: list[str] = []
+    assert verify_job.main(folder, lines.append)
+    assert "ledger format 1, of an earlier version, has no checksums" in lines[0]
+    assert lines[-2:] == ["steps 5 of 5, rows 50, samples 50", "samples skipped 0, repeated 0"]
+    hole = damaged(folder, lambda data: data.__delitem__(slice(2000, 2500)), "rank-0000.ledger")
+    assert "record 35 of" in hole
+
+    ledger.write_header(folder, mixture)
+    ledger.rewind(folder, 4)
+    record_steps(folder, mixture, range(4, 6), 1, 10)
+    lines.clear()
+    assert verify_job.main(folder, lines.append)
+    assert lines[-2] == "steps 6 of 6, rows 60, samples 60"
+    assert len(lines) == 3
+    header = json.loads((folder / "sets.json").read_text()) | {"format": 3}
+    (folder / "sets.json").write_text(json.dumps(header))
+    with pytest.raises(ArtifactError, match="ledger format 3, this version reads 1 and 2"):
+        ledger.read(folder)
 
 
 def test_a_window_passed_over_is_neither_skipped_nor_repeated(
@@ -412,7 +520,7 @@ def test_a_window_passed_over_is_neither_skipped_nor_repeated(
         loader.skip(20)
         for _ in range(3):
             book.record(next(loader))
-    (found,) = ledger.verify(tmp_path)
+    (found,) = ledger.verify(ledger.read(tmp_path))
     assert found.good
     assert found.passed_over == 20
 
@@ -422,7 +530,10 @@ def test_a_ledger_of_another_order_is_not_gone_on_with(images: TokenSet, tmp_pat
     ledger.write_header(tmp_path, mixture_of([images]))
     with pytest.raises(ArtifactError, match="another data order"):
         ledger.write_header(tmp_path, mixture_of([images], seed=2))
-    with pytest.raises(ArtifactError, match="no ledger"):
+    with pytest.raises(ArtifactError, match="elsewhere: no such folder"):
+        verify_job.main(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+    with pytest.raises(ArtifactError, match="no ledger; run the stage with ledger: true"):
         verify_job.main(tmp_path / "elsewhere")
 
 
@@ -457,12 +568,12 @@ def test_sigkill_keeps_every_record(images: TokenSet, tmp_path: Path) -> None:
                 os.kill(process.pid, signal.SIGKILL)
                 break
     process.wait()
-    records = ledger.read_records(tmp_path)
+    records = ledger.read(tmp_path, unfinished=True).records
     assert int(records["step"].max()) >= last
     done = int(records["step"].max()) // 10 * 10
     ledger.rewind(tmp_path, done)
     record_steps(tmp_path, mixture_of([images]), range(done, done + 70), 1, 4)
-    assert all(found.good for found in ledger.verify(tmp_path))
+    assert all(found.good for found in ledger.verify(ledger.read(tmp_path)))
 
 
 def test_prefetching_hides_the_fetch(images: TokenSet) -> None:

@@ -69,5 +69,6 @@ ledger.py
     write_header(folder, mixture)                rank 0, at the start of a run
     rewind(folder, step)                         rank 0, at a resume: drop what steps >= step wrote
     Ledger(folder, rank)   .record(batch)   .pass_over(mixture, position, rows, step)   .close()
-    verify(folder) -> list[Finding]              jobs/verify.py prints them
+    read(folder, unfinished=False) -> Book       all ranks' records, their checksums compared
+    verify(book) -> list[Finding]                jobs/verify.py prints them
 """

@@ -8,12 +8,19 @@ A record is written before the step uses the batch, and a whole record or none i
 a torn tail is cut off. A run that goes on from a checkpoint of step s drops what steps >= s
 recorded (`rewind`), on every rank's file, whatever the number of ranks is now.
 
+Each record ends with a CRC-32 of its bytes that starts from its number in the file, so that an
+altered record, and one that stands where another was, is told from a good one. What ends early
+is whole as far as it goes: how far it should go is known to the checkpoints (jobs/verify.py).
+
 `verify` believes none of it: it counts the tokens of every sample in every epoch, the
 positions of the global order, and compares each record with the order computed anew.
 """
 
+import json
+import logging
 import os
-from dataclasses import dataclass
+import zlib
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -35,8 +42,11 @@ from chainrule.pipeline.data.rows import (
     Rows,
     draw,
 )
+from chainrule.pipeline.whole_file import whole
 
-FORMAT = 1
+FORMAT = 2
+UNGUARDED = 1
+"""The format before: the same records with 0 for a CRC, and sets.json without checksums."""
 RECORD = np.dtype(
     [
         ("step", "<i8"),
@@ -46,11 +56,38 @@ RECORD = np.dtype(
         ("sample", "<i8"),
         ("start", "<i8"),
         ("stop", "<i8"),
-        ("passed_over", "<i8"),  # 1: left out by policy (after a fault of learning), not trained on
+        ("passed_over", "<i4"),  # 1: left out by policy (after a fault of learning), not trained on
+        ("crc", "<u4"),
     ]
 )
+GUARDED_BYTES = RECORD.itemsize - RECORD["crc"].itemsize
 PIECE_COLUMNS = {"set": SET, "epoch": EPOCH, "sample": SAMPLE, "start": START, "stop": STOP}
 CHUNK = 1 << 16  # positions compared with the order at a time
+REMEDY = "take the ledger from a copy, or train again with --force"
+log = logging.getLogger("chainrule.ledger")
+
+
+class LedgerDamaged(ArtifactError):
+    """A ledger that was cut or altered: the file, the record, the remedy."""
+
+
+def checksums(records: np.ndarray, first: int = 0) -> np.ndarray:
+    """uint32 (n,): the CRC of each record, the first of which is number `first` of its file."""
+    data = memoryview(records.tobytes())
+    starts = range(0, len(data), RECORD.itemsize)
+    return np.fromiter(
+        (
+            zlib.crc32(data[at : at + GUARDED_BYTES], (first + i) & 0xFFFFFFFF)
+            for i, at in enumerate(starts)
+        ),
+        np.uint32,
+        len(records),
+    )
+
+
+def whole_records(path: Path) -> np.ndarray:
+    """The records of a file, unchecked; without a torn tail."""
+    return np.fromfile(path, RECORD, count=path.stat().st_size // RECORD.itemsize)
 
 
 class Ledger:
@@ -60,6 +97,7 @@ class Ledger:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"rank-{rank:04d}.ledger"
         _cut_torn_tail(path)
+        self._count = path.stat().st_size // RECORD.itemsize if path.is_file() else 0
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
 
     def record(self, batch: Batch) -> None:
@@ -77,6 +115,8 @@ class Ledger:
         for name, column in PIECE_COLUMNS.items():
             records[name] = pieces[:, column]
         records["passed_over"] = passed_over
+        records["crc"] = checksums(records, self._count)
+        self._count += len(records)
         data = memoryview(records.tobytes())
         while data:
             data = data[os.write(self._file, data) :]
@@ -101,20 +141,34 @@ def _cut_torn_tail(path: Path) -> None:
 
 
 def rewind(folder: Path, step: int) -> None:
-    """Drop what steps >= `step` recorded, on all ranks' files. On rank 0, before any records."""
+    """Drop what steps >= `step` recorded, on all ranks' files. On rank 0, before any records.
+
+    A damaged record stops no training: it stays for `verify` to name, unless nothing sound that
+    is kept follows it.
+    """
     for path in sorted(folder.glob("rank-*.ledger")):
         _cut_torn_tail(path)
-        records = np.fromfile(path, RECORD)
+        records = whole_records(path)
+        sound = records["crc"] == checksums(records)
         # Steps rise within a file, so what is to go is its tail.
-        keep = int(np.searchsorted(records["step"], step))
+        kept = np.flatnonzero(sound & (records["step"] < step))
+        keep = int(kept[-1]) + 1 if len(kept) else 0
+        if not sound[: keep + 1].all():
+            log.warning(
+                "%s: record %d was altered, or what stood before it cut out; the training goes on, "
+                "`chainrule verify` tells what is missing",
+                path,
+                int(np.argmin(sound)),
+            )
         if keep < len(records):
             os.truncate(path, keep * RECORD.itemsize)
 
 
 def write_header(folder: Path, mixture: Mixture) -> None:
-    """What the order is computed from. On rank 0; ArtifactError if another run's is there."""
+    """What the order is computed from. On rank 0, before any records; a ledger of the format
+    before is guarded from here on. ArtifactError if another run's is there."""
     folder.mkdir(parents=True, exist_ok=True)
-    header = {
+    header: dict[str, Any] = {
         "format": FORMAT,
         "context": mixture.context,
         "counts": mixture.interleave.counts,
@@ -132,13 +186,35 @@ def write_header(folder: Path, mixture: Mixture) -> None:
         ],
     }
     path = folder / "sets.json"
-    if path.is_file():
-        if read_json(path) != header:
-            raise ArtifactError(f"{path}: the ledger of another data order; move it away")
+    earlier = read_json(path) if path.is_file() else None
+    unguarded = earlier == header | {"format": UNGUARDED}
+    for entry, member in zip(header["sets"], mixture.members, strict=True):
+        entry["lengths_crc"] = _crc_of_lengths(member.tokens.lengths)
+    header["crc"] = _crc_of_header(header)
+    if earlier is not None and not unguarded:
+        if earlier != header:
+            raise ArtifactError(
+                f"{path}: altered, or the ledger of another data order; move it away"
+            )
         return
+    if unguarded:
+        for ranks in sorted(folder.glob("rank-*.ledger")):
+            records = whole_records(ranks)
+            records["crc"] = checksums(records)
+            with whole(ranks) as temporary:
+                records.tofile(temporary)
     for k, member in enumerate(mixture.members):
         np.save(folder / f"set-{k}.lengths.npy", member.tokens.lengths, allow_pickle=False)
     write_json(path, header)
+
+
+def _crc_of_lengths(lengths: np.ndarray) -> int:
+    return zlib.crc32(lengths.astype("<i8").tobytes())
+
+
+def _crc_of_header(header: dict[str, Any]) -> int:
+    guarded = {key: value for key, value in header.items() if key != "crc"}
+    return zlib.crc32(json.dumps(guarded, sort_keys=True).encode())
 
 
 @dataclass(frozen=True)
@@ -164,34 +240,127 @@ class Finding:
         return self.skipped == self.repeated == self.misplaced == 0
 
 
-def read_records(folder: Path) -> np.ndarray:
+@dataclass(frozen=True)
+class Book:
+    """A ledger as it was read, each byte of it checked."""
+
+    guarded: bool
+    """Whether its records have checksums; those of the format before have none."""
+    context: int
+    sets: list[dict[str, Any]]
+    lengths: list[np.ndarray]
+    """Tokens of each sample of each set."""
+    interleave: Interleave
+    records: np.ndarray
     """All ranks' records, in order of position."""
-    paths = sorted(folder.glob("rank-*.ledger"))
-    if not paths:
-        raise ArtifactError(f"{folder}: no rank-*.ledger; the run kept no ledger")
-    parts = []
-    for path in paths:
-        whole = path.stat().st_size // RECORD.itemsize
-        parts.append(np.fromfile(path, RECORD, count=whole))
-    records = np.concatenate(parts)
-    return records[np.lexsort((records["step"], records["position"]))]
+
+    def before(self, step: int) -> "Book":
+        """The same without what steps >= `step` recorded."""
+        return replace(self, records=self.records[self.records["step"] < step])
+
+    @property
+    def samples(self) -> int:
+        """Samples that were consumed, in whatever epoch."""
+        return len(np.unique(self.records[["set", "sample"]]))
+
+    @property
+    def twice(self) -> np.ndarray:
+        """Steps of which a piece was recorded more than once, ascending."""
+        columns = ("position", "set", "sample", "start")
+        found = self.records[np.lexsort([self.records[name] for name in columns])]
+        same = np.logical_and.reduce([found[name][1:] == found[name][:-1] for name in columns])
+        return np.unique(found["step"][1:][same])
 
 
-def verify(folder: Path) -> list[Finding]:
-    """Samples skipped and repeated, by set and epoch. ArtifactError where there is no ledger."""
+def read(folder: Path, unfinished: bool = False) -> Book:
+    """The ledger in `folder`. A torn last record is no fault where the run is `unfinished`: it is
+    cut away when that goes on.
+
+    ArtifactError where there is no ledger or one of another format, LedgerDamaged for one that
+    was cut or altered.
+    """
     path = folder / "sets.json"
     if not path.is_file():
         raise ArtifactError(
             f"{folder}: no ledger; run the stage with ledger: true to have it written"
         )
-    header = read_json(path)
-    sets = header["sets"]
-    lengths = [
-        np.load(folder / f"set-{k}.lengths.npy", allow_pickle=False) for k in range(len(sets))
-    ]
-    rows = [_rows(entry, lengths[k], header["context"]) for k, entry in enumerate(sets)]
-    interleave = Interleave([Fraction(count) for count in header["counts"]])
-    records = read_records(folder)
+    header = _read_header(path)
+    guarded = header["format"] == FORMAT
+    lengths = []
+    for k, entry in enumerate(header["sets"]):
+        path = folder / f"set-{k}.lengths.npy"
+        try:
+            lengths.append(np.load(path, allow_pickle=False))
+            sound = not guarded or entry["lengths_crc"] == _crc_of_lengths(lengths[k])
+        except (OSError, EOFError, ValueError):
+            sound = False
+        if not sound:
+            raise LedgerDamaged(f"{path}: missing, altered or cut; {REMEDY}")
+    paths = sorted(folder.glob("rank-*.ledger"))
+    if not paths and not unfinished:
+        raise LedgerDamaged(f"{folder}: its rank-*.ledger are gone; {REMEDY}")
+    parts = [np.zeros(0, RECORD)]
+    for path in paths:
+        records = whole_records(path)
+        sound = records["crc"] == checksums(records) if guarded else _possible(records, lengths)
+        if not sound.all():
+            raise LedgerDamaged(
+                f"{path}: record {int(np.argmin(sound))} of {len(records)} was altered, or what "
+                f"stood before it cut out; {REMEDY}"
+            )
+        torn = path.stat().st_size % RECORD.itemsize
+        if torn and not unfinished:
+            raise LedgerDamaged(
+                f"{path}: record {len(records)} is cut: {torn} of {RECORD.itemsize} bytes; {REMEDY}"
+            )
+        parts.append(records)
+    records = np.concatenate(parts)
+    return Book(
+        guarded=guarded,
+        context=header["context"],
+        sets=header["sets"],
+        lengths=lengths,
+        interleave=Interleave([Fraction(count) for count in header["counts"]]),
+        records=records[np.lexsort((records["step"], records["position"]))],
+    )
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    try:
+        header: dict[str, Any] = json.loads(path.read_text())
+        version = header["format"]
+        sound = version != FORMAT or header["crc"] == _crc_of_header(header)
+    except (KeyError, TypeError, ValueError):  # no JSON, or other JSON
+        raise LedgerDamaged(f"{path}: altered or cut; {REMEDY}") from None
+    if not sound:
+        raise LedgerDamaged(f"{path}: altered; {REMEDY}")
+    if version not in (UNGUARDED, FORMAT):
+        raise ArtifactError(
+            f"{path}: ledger format {version!r}, this version reads {UNGUARDED} and {FORMAT}"
+        )
+    return header
+
+
+def _possible(records: np.ndarray, lengths: list[np.ndarray]) -> np.ndarray:
+    """Which unguarded records name what there is: bool (n,)."""
+    sound = (records["set"] >= 0) & (records["set"] < len(lengths))
+    for name in ("step", "position", "epoch"):
+        sound &= (records[name] >= 0) & (records[name] < 1 << 32)
+    sound &= ((records["passed_over"] | 1) == 1) & (records["crc"] == 0)
+    for k, of_set in enumerate(lengths):
+        here = np.flatnonzero(sound & (records["set"] == k))
+        found = records[here]
+        known = (found["sample"] >= 0) & (found["sample"] < len(of_set))
+        longest = of_set[np.where(known, found["sample"], 0)]
+        start, stop = found["start"], found["stop"]
+        sound[here] = known & (start >= 0) & (start <= stop) & (stop <= longest)
+    return sound
+
+
+def verify(book: Book) -> list[Finding]:
+    """Samples skipped and repeated, by set and epoch."""
+    sets, lengths, records, interleave = book.sets, book.lengths, book.records, book.interleave
+    rows = [_rows(entry, lengths[k], book.context) for k, entry in enumerate(sets)]
     position = int(records["position"].max()) + 1 if len(records) else 0
     misplaced = _misplaced(records, rows, interleave, position)
 
@@ -264,10 +433,9 @@ def _misplaced(
 ) -> np.ndarray:
     """Which records are not among what the order, computed anew, has at their position."""
     wrong = np.zeros(len(records), np.bool_)
-    for first in range(0, position, CHUNK):
+    for number in np.unique(records["position"] // CHUNK).tolist():
+        first = number * CHUNK
         low, high = np.searchsorted(records["position"], [first, first + CHUNK])
-        if low == high:
-            continue
         chunk = records[low:high]
         expected = draw(rows, interleave, first, min(first + CHUNK, position))
         expected[:, ROW] += first
