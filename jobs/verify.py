@@ -1,6 +1,7 @@
 """verify: read the ledger of a pretrain run; samples skipped and repeated, by set and epoch.
 
     chainrule verify runs/quickstart/digits_decoder
+    chainrule verify quickstart/digits_decoder
 
 Prints a line for each epoch of each set, how much of the training the ledger covers, and the
 sums. True when every sample was consumed exactly once an epoch, in the order that the settings
@@ -17,9 +18,11 @@ import numpy as np
 import yaml
 
 from chainrule.pipeline.artifact import MANIFEST, ArtifactError, partial_folder
+from chainrule.pipeline.config import nearest
 from chainrule.pipeline.data import ledger
 from chainrule.pipeline.training.checkpoints import Checkpoint, CheckpointDamaged, steps_in
 
+RUNS = Path("runs")
 SHOWN = 5  # ranges of steps named in a line
 
 
@@ -35,8 +38,8 @@ class Trained:
 
 
 def main(run: Path, echo: Callable[[str], object] = print) -> bool:
-    """Check the ledger in `run`: a pretrain artifact, finished or not, or a ledger
-    folder. ArtifactError where there is none."""
+    """Check the ledger in `run`: a pretrain artifact, finished or not, PIPELINE/STAGE below
+    `runs`, or a ledger folder. ArtifactError where there is none."""
     folder = ledger_folder(run)
     trained = what_was_trained(folder.parent) if folder.name == "ledger" else None
     unfinished = trained is not None and not trained.finished
@@ -77,12 +80,17 @@ def main(run: Path, echo: Callable[[str], object] = print) -> bool:
 
 def ledger_folder(run: Path) -> Path:
     """Where the ledger lies that `run` means; ArtifactError where there is none."""
-    for folder in (run / "ledger", partial_folder(run) / "ledger", run):
-        if (folder / "sets.json").is_file():
-            return folder
-    if not run.is_dir():
-        raise ArtifactError(f"{run}: no such folder")
-    raise ArtifactError(f"{run}: no ledger; run the stage with ledger: true to have it written")
+    for there in (run, RUNS / run):
+        for folder in (there / "ledger", partial_folder(there) / "ledger", there):
+            if (folder / "sets.json").is_file():
+                return folder
+    if any(path.is_dir() for path in (run, RUNS / run)):
+        raise ArtifactError(f"{run}: no ledger; run the stage with ledger: true to have it written")
+    known = {
+        path.parent.relative_to(RUNS).as_posix().removesuffix(".partial")
+        for path in RUNS.glob("*/*/ledger")
+    }
+    raise ArtifactError(f"{run}: no such folder{nearest('/'.join(run.parts[-2:]), sorted(known))}")
 
 
 def what_was_trained(run: Path) -> Trained | None:

@@ -275,7 +275,9 @@ def export(
 
 @app.command()
 def verify(
-    run: Annotated[Path, typer.Argument(help="A pretrain artifact with a ledger.")],
+    run: Annotated[
+        Path, typer.Argument(help="A pretraining with a ledger: its folder, or PIPELINE/STAGE.")
+    ],
 ) -> None:
     """Read the ledger of a pretraining run: steps covered, samples skipped and repeated; exit 1
     unless every step that was trained is there once and the samples are 0 and 0."""

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from chainrule.jobs import pretrain, verify
+from chainrule.pipeline.artifact import ArtifactError
 from chainrule.pipeline.data.ledger import RECORD
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -133,6 +134,15 @@ def test_the_end_of_an_unfinished_ledger_may_be_torn_but_not_what_was_saved(copy
     ranks.write_bytes(data)
     (line,) = said(copy, False)
     assert f"{ranks}: record 1 of" in line
+
+
+def test_a_training_is_named_as_a_model_is(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(copy.parents[2])
+    assert said(Path("proof/decoder"), True) == said(copy, True)
+    with pytest.raises(ArtifactError, match="no such folder; did you mean 'proof/decoder'"):
+        verify.main(Path("proof/decodr"))
+    unfinished(copy)
+    assert said(Path("proof/decoder"), True)
 
 
 def command(folder: Path, *settings: str) -> list[str]:
