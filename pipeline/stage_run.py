@@ -289,6 +289,7 @@ def _tracker(pipeline: Pipeline, spec: StageSpec, stage: Stage, attempt: dict[st
         parent_id=os.environ.get(PARENT_RUN_VARIABLE) or open_run(pipeline),
         tags=tags,
         on_run_id=keep,
+        log=stage.folder / "metrics.jsonl" if stage.resumed else None,
     )
     tracker.parameters(_flat(spec.merged()))
     if of_job := slurm_job.tags(pipeline, spec.name):

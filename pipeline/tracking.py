@@ -5,12 +5,15 @@ slow, goes away or refuses is reported once, tried again now and then, and never
 slows a stage: `metrics.jsonl` in the artifact is the complete record.
 
 One experiment a pipeline; one parent run a pipeline run, one nested run a stage. A stage
-that is resumed goes on in its run, and steps that the store already has are not sent
-again. The store is `runs/mlflow.db` (SQLite) unless MLFLOW_TRACKING_URI says otherwise.
+that is resumed goes on in its run: what its `metrics.jsonl` has and the store lacks, because
+a kill came before it was sent, is sent first, and steps that the store already has are not
+sent again. The store is `runs/mlflow.db` (SQLite) unless MLFLOW_TRACKING_URI says otherwise.
 """
 
 import contextlib
 import fcntl
+import itertools
+import json
 import logging
 import os
 import posixpath
@@ -33,6 +36,8 @@ GIVE_UP_WITHIN_S = 3.0
 BATCH = 1000  # the most metrics that MLflow takes in one log_batch
 _OF_THREADS = threading.Lock()
 """A record lock keeps processes apart, not the threads of one."""
+NOT_FINITE = ("nan", "inf", "-inf")
+"""How `metrics.jsonl` writes numbers that JSON has not."""
 BACKLOG = 200_000
 """Metrics kept while the store is away; older ones are dropped (metrics.jsonl has them)."""
 
@@ -114,6 +119,35 @@ def experiment(store: Any, name: str, runs: Path) -> str:
     return store.create_experiment(name, artifact_location=location)
 
 
+def logged(log: Path) -> Iterator[tuple[str, float, int, int]]:
+    """The numbers of a `metrics.jsonl` as MLflow's (name, value, time, step), in the file's order.
+
+    The file does not say when: the time is now.
+    """
+    stamp = int(time.time() * 1000)
+    if not log.is_file():
+        return
+    with open(log) as file:
+        for line in file:
+            try:
+                values = json.loads(line)
+                step = values.pop("step")
+            except (ValueError, KeyError, AttributeError, TypeError):
+                continue  # a line that a kill, or its writer, left half written
+            for key, value in values.items():
+                if value in NOT_FINITE:
+                    value = float(value)
+                if isinstance(value, int | float):
+                    yield metric_name(key), float(value), stamp, step
+
+
+def _batches(
+    points: Iterator[tuple[str, float, int, int]],
+) -> Iterator[list[tuple[str, float, int, int]]]:
+    while batch := list(itertools.islice(points, BATCH)):
+        yield batch
+
+
 class Tracker:
     """One MLflow run, written from a thread of its own."""
 
@@ -126,8 +160,12 @@ class Tracker:
         parent_id: str | None = None,
         tags: Mapping[str, str] | None = None,
         on_run_id: Callable[[str], None] | None = None,
+        log: Path | None = None,
     ) -> None:
-        """`run_id` resumes a run; `on_run_id` is called with the id once the store gave one."""
+        """`run_id` resumes a run; `on_run_id` is called with the id once the store gave one.
+
+        `log`: the `metrics.jsonl` of the attempts before; what the store lacks of it is sent.
+        """
         self.run_id = run_id
         self._runs, self._pipeline, self._name = runs, pipeline, name
         self._parent_id, self._tags = parent_id, dict(tags or {})
@@ -136,6 +174,10 @@ class Tracker:
         self._metrics: list[tuple[str, float, int, int]] = []
         self._others: list[tuple[str, Any]] = []
         self._last_step: dict[str, int] = {}
+        self._held: dict[str, bytearray] = {}
+        """1 at each step that the store had of a metric when it was opened: a step before the last
+        may be missing. A byte a step, since there may be millions."""
+        self._log = log
         self._known: dict[str, str] = {}
         """Parameters that the store has; MLflow refuses another value of one."""
         self._store: Any = None
@@ -171,7 +213,7 @@ class Tracker:
         self._deadline = time.monotonic() + within
         self._queue.put(("end", status))
         self._thread.join(FINISH_WITHIN_S + 2)
-        if self._thread.is_alive() or self._metrics or self._others:
+        if self._thread.is_alive() or self._metrics or self._others or self._log:
             self._warn("it did not answer in time; metrics.jsonl has everything")
 
     # --- the thread -------------------------------------------------------------------
@@ -193,7 +235,7 @@ class Tracker:
                 time.sleep(1.0)
 
     def _pending(self) -> bool:
-        return bool(self._metrics or self._others or self._status)
+        return bool(self._metrics or self._others or self._status or self._log)
 
     def _collect(self) -> bool:
         """Move what was queued in the next moments to the buffers; True once it is the end."""
@@ -215,7 +257,7 @@ class Tracker:
         return self._ended
 
     def _send(self) -> None:
-        from mlflow.entities import Metric, Param, RunTag
+        from mlflow.entities import Param, RunTag
 
         if self._store is None:
             self._open()
@@ -241,17 +283,41 @@ class Tracker:
             elif Path(value).exists():
                 self._store.log_artifact(self.run_id, str(value))
             self._others.pop(0)
+        if self._log is not None:
+            # Read as it is now, not as it was: what is logged meanwhile is in the queue as well,
+            # and sent once.
+            for batch in _batches(logged(self._log)):
+                self._send_metrics(batch)
+            self._log = None
         while self._metrics:
             batch = self._metrics[:BATCH]
-            fresh = [m for m in batch if m[3] > self._last_step.get(m[0], -1)]
-            if fresh:
-                self._store.log_batch(self.run_id, metrics=[Metric(*m) for m in fresh])
-                for key, _, _, step in fresh:
-                    self._last_step[key] = max(step, self._last_step.get(key, -1))
+            self._send_metrics(batch)
             del self._metrics[: len(batch)]
         if self._status is not None:
             self._store.set_terminated(self.run_id, status=self._status)
             self._status = None
+
+    def _send_metrics(self, batch: list[tuple[str, float, int, int]]) -> None:
+        """Those of a batch that the store lacks."""
+        from mlflow.entities import Metric
+
+        fresh: dict[tuple[str, int], tuple[str, float, int, int]] = {}
+        for point in batch:
+            if self._lacks(point[0], point[3]):
+                fresh.setdefault((point[0], point[3]), point)
+        if fresh:
+            self._store.log_batch(self.run_id, metrics=[Metric(*m) for m in fresh.values()])
+        for key, step in fresh:
+            if step > self._last_step.get(key, -1):
+                self._last_step[key] = step
+            else:
+                self._held[key][step] = 1
+
+    def _lacks(self, key: str, step: int) -> bool:
+        if step > self._last_step.get(key, -1):
+            return True
+        held = self._held.get(key, b"")
+        return 0 <= step < len(held) and not held[step]
 
     def _open(self) -> None:
         """Find or make the run. What the store already has of a resumed run is not sent again."""
@@ -275,7 +341,10 @@ class Tracker:
             else:
                 for key in data.metrics:
                     history = store.get_metric_history(self.run_id, key)
-                    self._last_step[key] = max(metric.step for metric in history)
+                    self._last_step[key] = last = max(metric.step for metric in history)
+                    self._held[key] = held = bytearray(last + 1)
+                    for metric in history:
+                        held[metric.step] = 1
                 self._known = dict(data.params)
                 store.update_run(self.run_id, status="RUNNING")
                 return self.run_id
