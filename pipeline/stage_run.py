@@ -182,7 +182,8 @@ def _attempt(pipeline: Pipeline, spec: StageSpec, stage: Stage, attempt: dict[st
             if stage.tracker is not None:
                 summary = stage.summary
                 numbers = {k: float(v) for k, v in summary.items() if isinstance(v, int | float)}
-                stage.tracker.metrics(_last_step(stage) + 1, numbers)
+                # At the last step: what is a series as well and has that step is not sent again.
+                stage.tracker.metrics(_last_step(stage), numbers)
                 stage.tracker.finish(status)
     if stage.is_main:
         _publish(pipeline, spec, stage)

@@ -153,7 +153,7 @@ def load(tmp_path: Path, runs: Path, monkeypatch: pytest.MonkeyPatch) -> Callabl
 
 
 def test_a_stage_that_was_killed_before_its_steps_were_sent(load: Callable[..., Pipeline]) -> None:
-    """The store ends with each step once."""
+    """The store ends with each step once, and with the summary at the last of them."""
     pipeline = load("stop_at=40")
     with pytest.raises(StageInterrupted):
         stage_run.run_here(pipeline, "decoder")
@@ -168,6 +168,8 @@ def test_a_stage_that_was_killed_before_its_steps_were_sent(load: Callable[..., 
         return sorted(metric.step for metric in client.get_metric_history(run_id, name))
 
     assert steps("loss") == list(range(1, 61))
+    assert steps("validation_loss") == [30, 60]
+    assert steps("parameters") == [60]
     assert client.get_run(run_id).info.status == "FINISHED"
 
 
