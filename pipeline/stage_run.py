@@ -27,7 +27,7 @@ from chainrule.pipeline.graph import Pipeline, StageSpec
 from chainrule.pipeline.model_registry import register
 from chainrule.pipeline.pipeline_run import PARENT_RUN_VARIABLE, open_run
 from chainrule.pipeline.stage import Stage, StageFailed, StageInterrupted, say
-from chainrule.pipeline.tracking import Tracker
+from chainrule.pipeline.tracking import Tracker, end_abandoned
 
 ATTEMPT_VARIABLE = "CHAINRULE_ATTEMPT"
 OF_THE_ATTEMPT = (ATTEMPT, "config.yaml", "metrics.jsonl")
@@ -194,7 +194,7 @@ def _prepare(pipeline: Pipeline, spec: StageSpec, attempt_id: str) -> dict[str, 
     folder = partial_folder(pipeline.folder(spec.name))
     fingerprint = pipeline.fingerprint(spec.name)
     attempt: dict[str, Any] = {"fingerprint": fingerprint, "attempts": 0, "seconds": 0.0}
-    _change_places(pipeline.folder(spec.name), spec.name, fingerprint)
+    _change_places(pipeline, spec.name, fingerprint)
     if (folder / ATTEMPT).is_file():
         earlier = read_json(folder / ATTEMPT)
         if earlier["fingerprint"] == fingerprint:
@@ -216,14 +216,17 @@ def _prepare(pipeline: Pipeline, spec: StageSpec, attempt_id: str) -> dict[str, 
     return attempt
 
 
-def _change_places(folder: Path, name: str, fingerprint: str) -> None:
+def _change_places(pipeline: Pipeline, name: str, fingerprint: str) -> None:
     """Put unfinished work under other settings aside, and take up again what was begun under
     these. A setting that is tried, or mistyped, costs no training; one such folder is kept."""
+    folder = pipeline.folder(name)
     partial = partial_folder(folder)
     if (partial / ATTEMPT).is_file():
-        earlier = read_json(partial / ATTEMPT)["fingerprint"]
+        attempt = read_json(partial / ATTEMPT)
+        earlier = attempt["fingerprint"]
         if earlier == fingerprint:
             return
+        end_abandoned(pipeline.runs, attempt.get("mlflow_run_id"))
         if any(path.name not in OF_THE_ATTEMPT for path in partial.iterdir()):
             aside = artifact.aside_folder(folder, earlier)
             for older in artifact.asides(folder):

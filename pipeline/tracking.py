@@ -64,16 +64,23 @@ def _quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def _sqlite_file(runs: Path) -> Path | None:
+    """The file that the store is, where it is one."""
+    uri = tracking_uri(runs)
+    if not uri.startswith("sqlite:///") or "?" in uri or ":memory:" in uri:
+        return None
+    return Path(uri.removeprefix("sqlite:///"))
+
+
 @contextlib.contextmanager
 def _alone(runs: Path) -> Iterator[None]:
     """One hand at a time, on a store that is there: MLflow makes and migrates a SQLite store
     without a lock of its own, and one that is half made, because its maker was killed, it can
     neither use nor finish."""
-    uri = tracking_uri(runs)
-    if not uri.startswith("sqlite:///") or "?" in uri or ":memory:" in uri:
+    store = _sqlite_file(runs)
+    if store is None:
         yield
         return
-    store = Path(uri.removeprefix("sqlite:///"))
     store.parent.mkdir(parents=True, exist_ok=True)
     with _OF_THREADS, open(store.with_name(f".{store.stem}.lock"), "a") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
@@ -146,6 +153,30 @@ def _batches(
 ) -> Iterator[list[tuple[str, float, int, int]]]:
     while batch := list(itertools.islice(points, BATCH)):
         yield batch
+
+
+def end_abandoned(runs: Path, run_id: str | None) -> None:
+    """End a run that nobody goes on with as KILLED, if it is still said to be running.
+
+    Waits for the store a moment, so that MLflow is not imported beside what imports it next; a
+    store that takes longer is left to a thread, one that is away or knows no such run is let be.
+    """
+    if run_id is None:
+        return
+    store = _sqlite_file(runs)
+    if store is not None and not store.exists():
+        return  # nothing to end, and it would be made for that
+
+    def end() -> None:
+        with contextlib.suppress(Exception):  # a store must never stop a stage
+            with _alone(runs):
+                store = client(runs)
+            if store.get_run(run_id).info.status == "RUNNING":
+                store.set_terminated(run_id, status="KILLED")
+
+    thread = threading.Thread(target=end, name="mlflow-end", daemon=True)
+    thread.start()
+    thread.join(GIVE_UP_WITHIN_S)
 
 
 class Tracker:

@@ -173,6 +173,37 @@ def test_a_stage_that_was_killed_before_its_steps_were_sent(load: Callable[..., 
     assert client.get_run(run_id).info.status == "FINISHED"
 
 
+def test_the_run_of_work_under_other_settings_is_ended(load: Callable[..., Pipeline]) -> None:
+    pipeline = load("stop_at=3")
+    with pytest.raises(StageInterrupted):
+        stage_run.run_here(pipeline, "decoder")
+    earlier = read_json(pipeline.root / "decoder.partial" / "attempt.json")["mlflow_run_id"]
+    store = tracking.client(pipeline.runs)
+    store.update_run(earlier, status="RUNNING")  # as a kill leaves it
+    stage_run.run_here(load("rate=0.2"), "decoder")
+    assert store.get_run(earlier).info.status == "KILLED"
+    manifest = read_json(pipeline.root / "decoder" / "artifact.json")
+    assert manifest["mlflow"]["run_id"] != earlier
+    assert store.get_run(manifest["mlflow"]["run_id"]).info.status == "FINISHED"
+
+
+def test_a_run_that_cannot_be_ended_is_let_be(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = Tracker(runs, "digits", "decoder")
+    ended.finish("FAILED")
+    tracking.end_abandoned(runs, ended.run_id)
+    assert tracking.client(runs).get_run(ended.run_id).info.status == "FAILED"
+    tracking.end_abandoned(runs, None)
+    tracking.end_abandoned(runs, "0" * 32)
+    tracking.end_abandoned(tmp_path, "0" * 32)
+    assert not list(tmp_path.iterdir())  # no store is made for it
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    began = time.perf_counter()
+    tracking.end_abandoned(runs, ended.run_id)
+    assert time.perf_counter() - began < 2 * tracking.GIVE_UP_WITHIN_S
+
+
 def test_a_name_that_mlflow_refuses_takes_nothing_with_it(
     runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
