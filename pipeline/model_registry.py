@@ -2,7 +2,8 @@
 
 A registered model bears the pipeline's name. Each handoff makes a version of it, with the
 model's card as its content; the tags say which folder holds the weights and what fingerprint
-they have. An alias of the stage's name leads to the newest version.
+they have. An alias of the stage's name leads to the newest version. In the store of a runs
+folder that was moved or copied, the model is the one beside it, not the one where it was made.
 
 The registry is where the runs are (`tracking.tracking_uri`). Like tracking it never stops a
 stage: what it refuses is said, and the folder is the model all the same.
@@ -14,7 +15,7 @@ from typing import Any
 
 from chainrule.pipeline.artifact import A_TRAINING, MANIFEST, is_training, read_json
 from chainrule.pipeline.config import RequestError, nearest
-from chainrule.pipeline.tracking import client, tracking_uri
+from chainrule.pipeline.tracking import client, is_local, tracking_uri
 
 SCHEME = "models:/"
 FOLDER, FINGERPRINT, STAGE = "chainrule.folder", "chainrule.fingerprint", "chainrule.stage"
@@ -116,19 +117,35 @@ def resolve(model: Path, runs: Path = Path("runs")) -> Path:
     except MlflowException as error:
         reason = str(error).splitlines()[0]
         raise RequestError(f"{name}: not in MLflow at {tracking_uri(runs)}: {reason}") from None
-    folder = Path(version.tags.get(FOLDER, ""))
-    if not version.tags.get(FOLDER) or not (folder / CARD).is_file():
-        raise RequestError(
-            f"{name}: version {version.version} is of {version.tags.get(FOLDER) or 'another maker'}"
-            ", which is no model folder here; hand it off again"
-        )
-    found = str(read_json(folder / CARD).get("fingerprint"))
-    if found != version.tags.get(FINGERPRINT):
+    return _folder_of(version, title, runs, name)
+
+
+def _folder_of(version: Any, title: str, runs: Path, name: str) -> Path:
+    """Where a registered model lies now: below `runs`, where that has the store, if it is the
+    registered one; else where it was registered. RequestError, about `name`, for neither."""
+    tags = version.tags
+    candidates = [Path(tags[FOLDER])] if tags.get(FOLDER) else []
+    if is_local() and tags.get(STAGE):
+        candidates.insert(0, runs / title / tags[STAGE])
+    other = None
+    for folder in candidates:
+        if not (folder / CARD).is_file():
+            continue
+        found = str(read_json(folder / CARD).get("fingerprint"))
+        if found == tags.get(FINGERPRINT):
+            return folder
+        other = other or (folder, found)
+    if other is not None:
+        folder, found = other
         raise RequestError(
             f"{name}: {folder} holds another model now: {found[:16]}, registered was "
-            f"{version.tags.get(FINGERPRINT, '')[:16]}; take the path itself, or hand it off again"
+            f"{tags.get(FINGERPRINT, '')[:16]}; take the path itself, or hand it off again"
         )
-    return folder
+    places = " or ".join(str(folder) for folder in candidates) or "another maker"
+    raise RequestError(
+        f"{name}: version {version.version} is of {places}, which is no model folder here; "
+        "hand it off again"
+    )
 
 
 def _handed_off(runs: Path) -> list[str]:

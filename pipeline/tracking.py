@@ -47,6 +47,11 @@ def tracking_uri(runs: Path) -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(runs / 'mlflow.db').absolute()}"
 
 
+def is_local() -> bool:
+    """Whether the store is the one that a runs folder has of its own."""
+    return not os.environ.get("MLFLOW_TRACKING_URI")
+
+
 def client(runs: Path) -> Any:
     """An MlflowClient with short time-outs and no chatter. Imports MLflow (about 1 s)."""
     _quiet()
@@ -121,7 +126,7 @@ def experiment(store: Any, name: str, runs: Path) -> str:
             store.restore_experiment(found.experiment_id)
         return found.experiment_id
     location = None
-    if "MLFLOW_TRACKING_URI" not in os.environ:
+    if is_local():
         location = (runs / "mlflow-artifacts" / name).absolute().as_uri()
     return store.create_experiment(name, artifact_location=location)
 

@@ -57,6 +57,40 @@ def test_versions_aliases_and_folders(tmp_path: Path) -> None:
         resolve(Path("models:/digits"), runs)
 
 
+def test_a_model_goes_with_a_runs_folder_that_is_moved_or_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alias = Path("models:/digits@model")
+    runs = tmp_path / "here" / "runs"
+    tracker = Tracker(runs, "digits", "model")
+    tracker.finish("FINISHED")
+    assert tracker.run_id is not None
+    first = saved(runs / "digits" / "model", 0)
+    assert register(runs, "digits", "model", first, tracker.run_id) == "1"
+    copy = tmp_path / "copy" / "runs"
+    shutil.copytree(runs, copy)
+    assert resolve(alias, copy) == copy / "digits" / "model"
+    assert resolve(alias, runs) == first
+    monkeypatch.chdir(copy.parent)
+    assert resolve(alias) == Path("runs/digits/model")
+
+    saved(copy / "digits" / "model", 1)  # another, not registered: the recorded one is meant
+    assert resolve(alias, copy) == first
+    moved = tmp_path / "moved"
+    runs.parent.rename(moved)
+    assert resolve(alias, moved / "runs") == moved / "runs" / "digits" / "model"
+    with pytest.raises(RequestError, match="copy/runs/digits/model holds another model now"):
+        resolve(alias, copy)
+    shutil.rmtree(copy / "digits" / "model")
+    both = "copy/runs/digits/model or .*here/runs/digits/model, which is no model folder here"
+    with pytest.raises(RequestError, match=both):
+        resolve(alias, copy)
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{moved / 'runs' / 'mlflow.db'}")
+    with pytest.raises(RequestError, match="is of [^ ]*here/runs/digits/model, which is no"):
+        resolve(alias, moved / "runs")  # a store that is not the folder's says where
+
+
 def test_a_path_that_is_no_model_is_refused_and_the_nearest_named(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     folder = saved(runs / "digits" / "digits_model", 0)
