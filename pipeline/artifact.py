@@ -19,6 +19,8 @@ import json
 import os
 import shutil
 import socket
+import struct
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -33,6 +35,12 @@ FORMAT = 1
 MANIFEST = "artifact.json"
 ATTEMPT = "attempt.json"
 """In an unfinished folder: what is being made there, and by which attempt."""
+FLOCK, FLOCK_FIELDS = (
+    ("qqihh", ("l_start", "l_len", "l_pid", "l_type", "l_whence"))
+    if sys.platform == "darwin"
+    else ("hhqqi0q", ("l_type", "l_whence", "l_start", "l_len", "l_pid"))
+)
+"""C's `struct flock`, as `struct` writes it."""
 
 
 class ArtifactError(RequestError):
@@ -286,15 +294,16 @@ def lock_holder(folder: Path) -> str:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a live process other than this one holds the stage's lock."""
+    """Whether a live process other than this one holds the stage's lock.
+
+    It is asked for, not tried: whoever may only read the runs folder sees it too, and a look
+    refuses nobody the lock meanwhile.
+    """
     path = lock_path(folder)
     if not path.exists():
         return False
-    with open(path, "a+") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise
-            return True
-        return False
+    whole_file = {"l_type": fcntl.F_WRLCK, "l_whence": os.SEEK_SET}
+    asked = struct.pack(FLOCK, *(whole_file.get(name, 0) for name in FLOCK_FIELDS))
+    with open(path) as file:
+        answer = struct.unpack(FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, asked))
+    return bool(answer[FLOCK_FIELDS.index("l_type")] != fcntl.F_UNLCK)

@@ -94,6 +94,7 @@ def run_pipeline(
 
     With `keep_going` a stage that failed ends only those that hang on it.
     """
+    pipeline.root.mkdir(parents=True, exist_ok=True)  # hashes of source files are kept there
     planned = decide(pipeline, selection)
     todo = [plan for plan in planned if plan.runs]
     if not todo:

@@ -1,6 +1,9 @@
 """Pipeline files: parsing, overrides, faults by file and line, order, fingerprints, states."""
 
+import errno
+import io
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -470,3 +473,54 @@ def test_metrics_are_whole_lines_and_each_step_once(tmp_path: Path) -> None:
 
 def test_state_values_are_the_designs() -> None:
     assert {"fresh", "stale", "unfinished", "running", "failed"} <= {str(s) for s in State}
+
+
+def test_a_lock_is_seen_by_whoever_may_only_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "runs" / "small" / "a"
+    assert not artifact.is_locked(folder)
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from pathlib import Path; from chainrule.pipeline import artifact\n"
+            "with artifact.lock(Path(sys.argv[1])):\n    print('held', flush=True)\n    input()",
+            str(folder),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout is not None
+
+    def only_read(path: Path, mode: str = "r") -> object:
+        if mode != "r":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return io.open(path)  # noqa: UP020
+
+    monkeypatch.setattr(artifact, "open", only_read, raising=False)
+    assert holder.stdout.readline() == b"held\n"
+    assert artifact.is_locked(folder)
+    holder.communicate(b"\n", timeout=60)
+    assert artifact.lock_path(folder).is_file()
+    assert not artifact.is_locked(folder)
+
+
+def test_a_look_makes_no_folder_and_needs_none(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hashes of source files are kept by `run`; one who looks writes where he can."""
+    raw = tmp_path / "raw.txt"
+    raw.write_text("raw")
+    monkeypatch.setitem(
+        JOBS, "write", SimpleNamespace(**vars(JOBS["write"]), source_files=lambda config: [raw])
+    )
+    assert states(config)["a"] == "new"
+    launch.decide(load(config), Selection())
+    assert not (tmp_path / "runs").exists()
+    assert launch.run_pipeline(load(config), Selection()) == DONE
+    kept = tmp_path / "runs" / "small" / ".sources"
+    assert sorted(path.name for path in kept.iterdir()) == ["a.json", "b.json"]
+    shutil.rmtree(kept)
+    kept.write_text("in the way: nothing can be kept there")
+    assert states(config)["a"] == "fresh"
