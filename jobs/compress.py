@@ -37,8 +37,10 @@ from chainrule.pipeline.coding.forms import Adapter, Symbols, write_wav
 from chainrule.pipeline.coding.header import ContainerError, Header, Parts
 from chainrule.pipeline.config import RequestError, runtime
 from chainrule.pipeline.data.reader import Sample, Shards
+from chainrule.pipeline.destinations import require_file_place
 from chainrule.pipeline.sampling.request import Source
 from chainrule.pipeline.stage import Input, Stage, StageFailed
+from chainrule.pipeline.whole_file import whole
 
 DType = Literal["float32", "bfloat16"]
 DTYPES = get_args(DType)
@@ -164,6 +166,7 @@ def compress_files(
         raise CompressError(f"{out}: exists; choose another name or pass --force")
     if not out.parent.is_dir():
         raise CompressError(f"{out.parent}: no such folder")
+    require_file_place(out)
     named = [(name, _read(path)) for name, path in zip(_names(files), files, strict=True)]
     source = open_source(Path(model_folder), device, dtype)
     adapter = open_adapter(source)
@@ -178,16 +181,13 @@ def compress_files(
         )
     except CodingError as error:
         raise CompressError(str(error)) from None
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
-        write_container(temporary, header, streams, reports, source, model_folder)
-        if verify:
-            verify_container(temporary, source, adapter, named, reports, report)
-        os.replace(temporary, out)
+        with whole(out) as temporary:
+            write_container(temporary, header, streams, reports, source, model_folder)
+            if verify:
+                verify_container(temporary, source, adapter, named, reports, report)
     except ContainerError as error:
         raise CompressError(str(error)) from None
-    finally:
-        temporary.unlink(missing_ok=True)
     return reports
 
 

@@ -1,6 +1,5 @@
 """The files of a container, given back under the model it names, or refused with the reason."""
 
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,9 @@ from chainrule.pipeline.coding import container
 from chainrule.pipeline.coding.archive import unpack
 from chainrule.pipeline.coding.container import Container
 from chainrule.pipeline.coding.header import ContainerError
+from chainrule.pipeline.destinations import require_file_place
 from chainrule.pipeline.sampling.request import Source
+from chainrule.pipeline.whole_file import whole
 
 DEVICES = ("cpu", "cuda", "mps")
 
@@ -54,12 +55,8 @@ def decompress_file(
         raise CompressError(str(error)) from None
     for target, (_, data) in zip(targets, files, strict=True):
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        try:
+        with whole(target) as temporary:
             temporary.write_bytes(data)
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
     return targets
 
 
@@ -107,7 +104,8 @@ def _folder_of(packed: Container) -> Path | None:
 
 
 def _targets(packed: Container, out: Path | None, force: bool) -> list[Path]:
-    """Where each file goes; CompressError for a name that leads elsewhere or is taken."""
+    """Where each file goes; CompressError for a name that leads elsewhere or is taken,
+    RequestError for one that cannot be written."""
     names = [entry.name for entry in packed.header.entries]
     for name in names:
         parts = name.split("/")
@@ -122,6 +120,7 @@ def _targets(packed: Container, out: Path | None, force: bool) -> list[Path]:
     if len(set(targets)) != len(targets):
         raise CompressError(f"{packed.path}: holds two files of one name")
     for target in targets:
+        require_file_place(target)
         if target.exists() and not force:
             raise CompressError(f"{target}: exists; name another folder with -o or pass --force")
     return targets

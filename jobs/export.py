@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from chainrule.pipeline.config import RequestError
+from chainrule.pipeline.destinations import require_folder_place
 from chainrule.pipeline.models import folder as model_folder
 from chainrule.pipeline.models.transformers_format import to_transformers
 from chainrule.tokenizers import transformers_format as tokenizer_format
@@ -22,8 +23,9 @@ def export(model: Path, out: Path) -> str | None:
     """Write the decoder in `model` as a `transformers` folder, with its tokenizer if it is text.
 
     `out` is empty or not there yet. What is to be said: why it goes without its tokenizer.
-    RequestError where `transformers` has no such model.
+    RequestError where `transformers` has no such model, or `out` cannot be made.
     """
+    require_folder_place(out)
     card = model_folder.read_card(model)
     loaded = model_folder.load(model, dtype=torch.float32)
     specials = (card.get("vocabulary") or {}).get("specials", {})

@@ -24,6 +24,7 @@ from chainrule.jobs.sample import open_source
 from chainrule.pipeline.artifact import MANIFEST, Artifact, ArtifactError, read_json
 from chainrule.pipeline.data.reader import Shards
 from chainrule.pipeline.data.tokens import TokenSet
+from chainrule.pipeline.destinations import require_file_place
 from chainrule.pipeline.sampling.memory import copied, nearest
 from chainrule.pipeline.sampling.request import Captioned, Source
 from chainrule.pipeline.sampling.store import CAPTIONS, Store
@@ -42,13 +43,14 @@ BATCH = 50
 def write_gallery(run: Path, out: Path | None = None) -> Path:
     """Write the page of a run folder (or of one sample artifact); `gallery.html` in it.
 
-    ArtifactError where there is no sample artifact.
+    ArtifactError where there is no sample artifact, RequestError where `out` cannot be written.
     """
+    out = out if out is not None else run / "gallery.html"
     artifacts = sample_artifacts(run)
+    require_file_place(out)
     root = artifacts[0].folder.parent
     stages = [stage_data(artifact, root) for artifact in artifacts]
     stages.sort(key=lambda stage: stage["modality"] != "image")  # pictures come first
-    out = out if out is not None else run / "gallery.html"
     data = json.dumps({"run": root.name, "stages": stages}, separators=(",", ":"))
     page = TEMPLATE.read_text(encoding="utf-8")
     # "</" would end the script element that holds the data.

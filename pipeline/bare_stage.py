@@ -20,6 +20,7 @@ from chainrule.pipeline.artifact import (
     write_json,
 )
 from chainrule.pipeline.config import RequestError, Settings, changed_settings, result_settings
+from chainrule.pipeline.destinations import require_folder_place
 from chainrule.pipeline.stage import Stage
 
 REQUEST = "request.json"
@@ -31,12 +32,13 @@ def bare_stage(
 ) -> Iterator[Stage]:
     """A stage at work on the given folders; what it leaves becomes the folder `out`.
 
-    RequestError: `out` holds something, another process is at work on it, or a killed command
-    of another request left its work there.
+    RequestError: `out` holds something or cannot be made, another process is at work on it, or a
+    killed command of another request left its work there.
     """
     out = new_folder(Path(out).absolute())
     if not out.parent.is_dir():
         raise RequestError(f"{out.parent}: no such folder")
+    require_folder_place(out)
     found = {role: [Artifact.bare(path)] for role, path in inputs.items() if path is not None}
     working = partial_folder(out)
     held = working / out.name  # the lock lies in the folder of the work, and goes with it

@@ -1,5 +1,7 @@
 """The command line. Exit codes: 0 done, 1 a stage failed, 2 the request was wrong, 75 run again.
 
+A file that the system refuses is one line too; CHAINRULE_TRACEBACK=1 shows where it was met.
+
 Commands import what they need when they are called: `chainrule status` reads artifacts
 and must not wait for torch or MLflow.
 """
@@ -17,6 +19,7 @@ import typer
 
 from chainrule.pipeline import heartbeat, launch, ranks, slurm_job, stage_run
 from chainrule.pipeline.config import RequestError
+from chainrule.pipeline.destinations import refused
 from chainrule.pipeline.model_registry import resolve
 from chainrule.pipeline.stage import (
     DONE,
@@ -38,6 +41,7 @@ app = typer.Typer(
 )
 
 WATCH_EVERY_S = 2.0
+TRACEBACK_VARIABLE = "CHAINRULE_TRACEBACK"
 UsageError: Any = typer.BadParameter.__mro__[1]
 """click's UsageError; typer carries a click of its own in newer versions."""
 
@@ -205,9 +209,11 @@ def stage(
     if part is not None:  # a task of several ranks: each takes its share of the part
         task, tasks = _part(part)
         mine, parts = task * rank.world_size + rank.rank, tasks * rank.world_size
-        stage_run.run_part(pipeline, name, mine, parts)
+        with launch.failing(name):
+            stage_run.run_part(pipeline, name, mine, parts)
         return
-    stage_run.run_here(pipeline, name, rank)
+    with launch.failing(name):
+        stage_run.run_here(pipeline, name, rank)
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -447,6 +453,10 @@ def _main() -> int:
     except Exception as error:  # noqa: BLE001 (the last handler: the traceback is printed)
         import traceback
 
+        said = refused(error) if isinstance(error, OSError) else None
+        if said is not None and os.environ.get(TRACEBACK_VARIABLE) != "1":
+            say(f"error: {said}")
+            return WRONG_REQUEST
         traceback.print_exc()
         say(f"error: {type(error).__name__}: {error}")
         return FAILED

@@ -1,8 +1,9 @@
 """Running a pipeline on this machine: decide what is not fresh, run it, say why."""
 
+import contextlib
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from chainrule.pipeline import artifact
 from chainrule.pipeline.artifact import Artifact, partial_folder
 from chainrule.pipeline.config import RequestError, nearest
+from chainrule.pipeline.destinations import refused, require_folder_place
 from chainrule.pipeline.graph import Pipeline, StageSpec, State
 from chainrule.pipeline.pipeline_run import PipelineRun
 from chainrule.pipeline.ranks import needs_ranks, run_ranks
@@ -100,6 +102,7 @@ def run_pipeline(
     if not todo:
         say(f"{pipeline.name}: nothing to do, {len(planned)} stages are fresh")
         return DONE
+    require_folder_place(pipeline.root / todo[0].name, "--runs")
     width = max(len(plan.name) for plan in planned)
     for plan in planned:
         what = "run " if plan.runs else "keep"
@@ -146,7 +149,8 @@ def _run_one(pipeline: Pipeline, name: str, begin_anew: bool) -> None:
     if needs_ranks(pipeline.stages[name]):
         run_ranks(pipeline, name)
     else:
-        run_here(pipeline, name)
+        with failing(name):
+            run_here(pipeline, name)
     metrics = _headline(Artifact.open(pipeline.folder(name)).metrics)
     say(f"  {name}: done in {time.monotonic() - began:.1f} s{metrics}")
 
@@ -165,6 +169,21 @@ def _say_what_is_missing(spec: StageSpec) -> None:
             f"stage '{spec.name}': resources.gpus {spec.resources.gpus}: there are {found} here; "
             f"set --set {spec.name}.resources.gpus={found}"
         )
+
+
+@contextlib.contextmanager
+def failing(name: str) -> Iterator[None]:
+    """What the system refuses a stage at work, its disk full say, fails that stage: StageFailed.
+
+    The traceback is in the `attempt.json` of the stage's unfinished folder.
+    """
+    try:
+        yield
+    except OSError as error:
+        said = refused(error)
+        if said is None:
+            raise
+        raise StageFailed(f"stage '{name}': {said}") from error
 
 
 def discard_unfinished(folder: Path) -> None:

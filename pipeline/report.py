@@ -17,6 +17,7 @@ import yaml
 from chainrule.pipeline import report_sections as sections
 from chainrule.pipeline.charts import Node, graph
 from chainrule.pipeline.config import RequestError
+from chainrule.pipeline.destinations import require_file_place
 from chainrule.pipeline.report_samples import samples
 from chainrule.pipeline.report_stages import (
     DONE,
@@ -32,15 +33,15 @@ from chainrule.pipeline.whole_file import write_whole
 def write_report(root: Path, out: Path | None = None) -> Path:
     """Write the page of `runs/<pipeline>` to `out` (default: `report.html` in it).
 
-    Raises RequestError where `root` holds no stage.
+    Raises RequestError where `root` holds no stage, or `out` cannot be written.
     """
+    out = require_file_place(out or root / "report.html")
     stages = read_stages(root)
     if not stages:
         raise RequestError(f"{root}: no stage has left anything here yet; run the pipeline first")
     page = _template().substitute(
         title=escape(f"{root.name} · chainrule"), body=_body(root, stages)
     )
-    out = out or root / "report.html"
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, page)
     return out

@@ -1,5 +1,6 @@
 """Files that are whole or absent: written beside their place, then renamed into it."""
 
+import contextlib
 import os
 import threading
 from collections.abc import Iterator
@@ -13,12 +14,19 @@ def whole(path: Path) -> Iterator[Path]:
 
     Where the block raises, what stood at `path` stays and the temporary is removed. Threads
     and processes may write the same path at a time: the last to end wins, whole. The name
-    begins with a dot and ends in `.tmp`, which readers of folders leave out.
+    begins with a dot and ends in `.tmp`, which readers of folders leave out. What the system
+    refuses it refuses by the name of `path`, not of the temporary.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # below a file, or of a name that is too long
+            temporary.unlink(missing_ok=True)
+        if error.errno is not None and error.filename in (None, str(temporary)):
+            error.filename = str(path)
+        raise
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

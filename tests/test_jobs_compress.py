@@ -17,6 +17,7 @@ from chainrule.pipeline.coding import container
 from chainrule.pipeline.coding.archive import contract
 from chainrule.pipeline.coding.blocks import Layout
 from chainrule.pipeline.coding.header import Entry, Header
+from chainrule.pipeline.config import RequestError
 from chainrule.pipeline.data.shards import ShardWriter, finish, key_of
 from chainrule.pipeline.models.folder import save
 from chainrule.pipeline.models.registry import build
@@ -241,6 +242,16 @@ def test_a_container_is_refused_before_anything_is_written(model_folder, files, 
         decompress_file(out, model_folder, restored)
     assert [p.name for p in restored.iterdir()] == ["prose.txt"]
     assert (restored / "prose.txt").read_text() == "precious"
+    (restored / "prose.txt").unlink()
+    last = restored / files[-1].name
+    last.mkdir()  # in the place of the last file: those before it are not written either
+    with pytest.raises(RequestError, match="is a folder"):
+        decompress_file(out, model_folder, restored, force=True)
+    assert list(restored.iterdir()) == [last]
+    with pytest.raises(RequestError, match="is a file, not a folder"):
+        decompress_file(out, model_folder, out / "below")
+    with pytest.raises(RequestError, match="is a folder"):
+        compress_files(model_folder, files, restored, force=True)
 
 
 @pytest.mark.parametrize("name", ["../up", "/etc/x", "a/../../b", "", "a//b"])
