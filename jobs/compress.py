@@ -9,6 +9,7 @@ way back is `decompress.py`.
 
 import math
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -167,6 +168,9 @@ def compress_files(
     if not out.parent.is_dir():
         raise CompressError(f"{out.parent}: no such folder")
     require_file_place(out)
+    for path in files:
+        if out.exists() and Path(path).exists() and os.path.samefile(path, out):
+            raise CompressError(f"{out}: is one of the files to compress; name another with --out")
     named = [(name, _read(path)) for name, path in zip(_names(files), files, strict=True)]
     source = open_source(Path(model_folder), device, dtype)
     adapter = open_adapter(source)
@@ -241,10 +245,15 @@ def _names(files: Sequence[Path]) -> list[str]:
 
 
 def _read(path: Path) -> bytes:
-    """A file's bytes; CompressError if it cannot be read, or changes meanwhile."""
+    """A file's bytes; CompressError if it is no regular file (a pipe might never end), cannot be
+    read, or changes meanwhile."""
     try:
-        with open(path, "rb") as file:
+        with open(
+            path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)
+        ) as file:
             before = os.fstat(file.fileno())
+            if not stat.S_ISREG(before.st_mode):
+                raise CompressError(f"{path}: not a regular file")
             data = file.read()
             after = os.fstat(file.fileno())
     except OSError as error:

@@ -1,6 +1,7 @@
 """Files under a real, small, trained decoder: there and back, refused where they must be."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -215,7 +216,19 @@ def test_bad_requests_are_refused_and_leave_nothing(model_folder, files, tmp_pat
     out.write_bytes(b"precious")
     with pytest.raises(CompressError, match="exists"):
         compress_files(model_folder, files, out)
+    with pytest.raises(CompressError, match="is one of the files to compress"):
+        compress_files(model_folder, [*files, out], out, force=True)
+    link = tmp_path / "link.cr"
+    link.symlink_to(out)
+    with pytest.raises(CompressError, match="is one of the files to compress"):
+        compress_files(model_folder, [out], link, force=True)
     assert out.read_bytes() == b"precious"
+
+
+def test_a_pipe_is_refused_and_not_waited_for(model_folder, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CompressError, match="pipe: not a regular file"):
+        compress_files(model_folder, [tmp_path / "pipe"], tmp_path / "pipe.cr")
 
 
 def test_a_container_is_refused_before_anything_is_written(model_folder, files, tmp_path):
