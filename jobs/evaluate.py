@@ -439,6 +439,8 @@ def evaluate_folder(
     The work is done in `<out>.partial`, which a killed run leaves behind: the same request goes
     on there, another one is refused. RequestError.
     """
+    if data is not None:
+        Shards.open_raw(data, " (--tokens for these)")
     inputs = {"model": model, "tokens": tokens, "data": data}
     with bare_stage("evaluate", config, inputs, out) as stage:
         main(config, stage)

@@ -19,6 +19,7 @@ import numpy as np
 from pydantic import Field
 
 from chainrule.jobs.compress import (
+    CompressError,
     class_chooser,
     named_file,
     open_adapter,
@@ -27,13 +28,16 @@ from chainrule.jobs.compress import (
 )
 from chainrule.jobs.sample import open_source
 from chainrule.pipeline.artifact import Artifact, write_json
+from chainrule.pipeline.bare_stage import bare_stage
 from chainrule.pipeline.coding.archive import LARGER, Named, pack
 from chainrule.pipeline.coding.blocks import Layout
-from chainrule.pipeline.config import RequestError, runtime
+from chainrule.pipeline.coding.forms import Adapter
+from chainrule.pipeline.config import runtime
 from chainrule.pipeline.data.reader import Sample, Shards
 from chainrule.pipeline.evaluation import codecs
 from chainrule.pipeline.evaluation.codecs import Codec
 from chainrule.pipeline.models.folder import weight_files
+from chainrule.pipeline.sampling.request import Source
 from chainrule.pipeline.stage import Input, Stage, StageFailed
 
 INPUTS = {
@@ -133,7 +137,10 @@ def _units(thing: Any) -> int:
 def main(config: Config, stage: Stage) -> None:
     if not stage.is_main:
         return
-    shards = Shards.open(stage.input("data").folder)
+    shards = Shards.open_raw(stage.input("data").folder)
+    models = stage.inputs.get("model", [])
+    for artifact in models:  # before the first is measured, which may take hours
+        open_coder(config, artifact, shards.modality)
     files = Files.of(shards, config.split, config.limit)
     rows: list[Row] = []
     with stage.progress(None, "entries") as progress:
@@ -143,7 +150,7 @@ def main(config: Config, stage: Stage) -> None:
         if config.primed and files.modality == "text":
             training = b"".join(s.members["txt"] for s in shards.iterate("train"))
             rows += primed_rows(files, training)
-        for artifact in stage.inputs.get("model", []):
+        for artifact in models:
             rows.append(model_row(config, artifact, files, stage.folder))
             progress.update(1)
     rows.sort(key=lambda row: row.bits)
@@ -224,15 +231,24 @@ def primed_rows(files: Files, training: bytes) -> list[Row]:
     return rows
 
 
-def model_row(config: Config, artifact: Artifact, files: Files, folder: Path) -> Row:
-    """A model, every file alone (or in blocks), coded, decoded and compared."""
+def open_coder(config: Config, artifact: Artifact, modality: str) -> tuple[Source, Adapter]:
+    """A model and how files become its symbols; StageFailed where it is one of other files."""
     source = open_source(artifact.folder, config.device, config.dtype)
-    adapter = open_adapter(source)
-    if adapter.tokenizer.modality != files.modality:
+    try:
+        adapter = open_adapter(source)
+    except CompressError as error:
+        raise StageFailed(f"{artifact.folder}: {error}") from None
+    if adapter.tokenizer.modality != modality:
         raise StageFailed(
             f"{artifact.folder}: a model of {adapter.tokenizer.modality}, the data are "
-            f"{files.modality}; leave it out of this scoreboard"
+            f"{modality}; leave it out of this scoreboard"
         )
+    return source, adapter
+
+
+def model_row(config: Config, artifact: Artifact, files: Files, folder: Path) -> Row:
+    """A model, every file alone (or in blocks), coded, decoded and compared."""
+    source, adapter = open_coder(config, artifact, files.modality)
     began = time.monotonic()
     header, streams, reports = pack(
         source.model, adapter, files.named, config.layout, class_chooser(source)
@@ -315,19 +331,8 @@ def scoreboard(
     models: Sequence[Path], data: Path, out: Path, config: Config | None = None
 ) -> list[str]:
     """Bare model folders and a folder of raw shards; the table's lines. RequestError."""
-    out = Path(out)
-    if out.exists() and any(out.iterdir()):
-        raise RequestError(f"{out}: is there already; name another folder, or remove it")
-    stage = Stage(
-        name="scoreboard",
-        pipeline="",
-        job="scoreboard",
-        folder=out,
-        fingerprint="",
-        inputs={
-            "model": [Artifact.bare(model) for model in models],
-            "data": [Artifact.bare(data)],
-        },
-    )
-    main(config or Config(), stage)
+    config = config or Config()
+    Shards.open_raw(data)
+    with bare_stage("scoreboard", config, {"model": models, "data": data}, out) as stage:
+        main(config, stage)
     return (out / "scoreboard.md").read_text().splitlines()

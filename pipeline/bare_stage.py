@@ -6,7 +6,7 @@ what tells each input from another one in the same place.
 """
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,7 +28,7 @@ REQUEST = "request.json"
 
 @contextmanager
 def bare_stage(
-    job: str, config: Settings, inputs: Mapping[str, Path | None], out: Path
+    job: str, config: Settings, inputs: Mapping[str, Path | Sequence[Path] | None], out: Path
 ) -> Iterator[Stage]:
     """A stage at work on the given folders; what it leaves becomes the folder `out`.
 
@@ -39,7 +39,11 @@ def bare_stage(
     if not out.parent.is_dir():
         raise RequestError(f"{out.parent}: no such folder")
     require_folder_place(out)
-    found = {role: [Artifact.bare(path)] for role, path in inputs.items() if path is not None}
+    found = {
+        role: [Artifact.bare(path) for path in ([given] if isinstance(given, Path) else given)]
+        for role, given in inputs.items()
+        if given is not None
+    }
     working = partial_folder(out)
     held = working / out.name  # the lock lies in the folder of the work, and goes with it
     with lock(held):
@@ -70,7 +74,7 @@ def _take_up(
     """Whether a killed run of the same request left `working`; RequestError for another's."""
     request = {
         "settings": result_settings(config),
-        "inputs": {role: artifact.identity for role, (artifact,) in inputs.items()},
+        "inputs": {role: _identity(artifacts) for role, artifacts in inputs.items()},
     }
     path = working / REQUEST
     if not path.exists():
@@ -93,3 +97,9 @@ def _take_up(
         f"{working}: holds what a killed or failed `{job}` of another request left (other: "
         f"{', '.join(other)}); run that one again, name another --out, or remove it"
     )
+
+
+def _identity(artifacts: Sequence[Artifact]) -> str | list[str]:
+    """What tells an input from another one in its place; of several, of each."""
+    identities = [artifact.identity for artifact in artifacts]
+    return identities[0] if len(identities) == 1 else identities

@@ -3,15 +3,18 @@
 import bz2
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from chainrule.jobs import scoreboard
+from chainrule.jobs import evaluate, scoreboard
 from chainrule.jobs.scoreboard import Config
+from chainrule.pipeline.artifact import write_json
 from chainrule.pipeline.config import RequestError
 from chainrule.pipeline.data.audio import encode_flac
+from chainrule.pipeline.data.reader import ShardError
 from chainrule.pipeline.data.shards import ShardWriter, finish, key_of
 from chainrule.pipeline.evaluation import codecs
 from chainrule.pipeline.models.folder import save
@@ -193,5 +196,27 @@ def test_a_model_of_something_else_is_refused(model, tmp_path):
     data = shards(tmp_path / "images", "image", [{"png": stream.getvalue()}])
     with pytest.raises(StageFailed, match="a model of text"):
         scoreboard.scoreboard([model], data, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
     with pytest.raises(StageFailed, match="is empty"):
         scoreboard.scoreboard([], shards(tmp_path / "none", "image", []), tmp_path / "out2")
+
+
+def test_every_model_is_looked_at_before_the_first_is_measured(texts, model, tmp_path, monkeypatch):
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    shutil.rmtree(other / "tokenizer")
+    card = json.loads((other / "card.json").read_text())
+    write_json(other / "card.json", {**card, "tokenizer": None})
+    monkeypatch.setattr(scoreboard, "codec_rows", lambda files: pytest.fail("measured"))
+    with pytest.raises(StageFailed, match="other: the model folder carries no tokenizer"):
+        scoreboard.scoreboard([model, other], texts, tmp_path / "out")
+
+
+def test_tokens_in_the_place_of_raw_data_are_named_as_such(texts, model, tmp_path):
+    index = json.loads((texts / "index.json").read_text())
+    write_json(texts / "index.json", {**index, "kind": "tokens"})
+    with pytest.raises(ShardError, match="holds tokens, not raw samples; give the ingest"):
+        scoreboard.scoreboard([model], texts, tmp_path / "out")
+    with pytest.raises(ShardError, match=r"give the ingest artifact \(--tokens for these\)"):
+        evaluate.evaluate_folder(model, tmp_path / "out", evaluate.Config(), data=texts)
+    assert not list(tmp_path.glob("out*"))

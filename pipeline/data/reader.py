@@ -170,6 +170,16 @@ class Shards:
             raise ArtifactError(f"{path}: not an index of format {FORMAT}")
         return cls(folder, index, on_damage)
 
+    @classmethod
+    def open_raw(cls, folder: str | Path, remedy: str = "") -> "Shards":
+        """`open`, and ShardError for shards of tokens, with what to do with those."""
+        shards = cls.open(folder)
+        if shards.index.get("kind") == "tokens":
+            raise ShardError(
+                f"{folder}: holds tokens, not raw samples; give the ingest artifact{remedy}"
+            )
+        return shards
+
     @property
     def modality(self) -> str:
         return str(self.index["modality"])
