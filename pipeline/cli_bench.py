@@ -87,7 +87,7 @@ def cursor(
     family: Annotated[
         list[str] | None, typer.Option(help="Which families; wavenet-4000, pixelcnnpp-32, …-paper.")
     ] = None,
-    side: Annotated[list[int] | None, typer.Option(help="Sides of the pictures.")] = None,
+    side: Annotated[list[int] | None, typer.Option(min=1, help="Sides of the pictures.")] = None,
     evaluations: Annotated[int, typer.Option(min=1)] = 5,
     batch: Annotated[int, typer.Option(min=1)] = 1,
     device: DeviceOption = "cpu",
@@ -107,7 +107,7 @@ def cursor(
 @bench.command()
 def decode(
     model: Annotated[list[str] | None, typer.Option(help="Which models.")] = None,
-    batch: Annotated[list[int] | None, typer.Option(help="Batch sizes.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Batch sizes.")] = None,
     dtype: Annotated[
         list[str] | None, typer.Option(help="float32, bfloat16, int8 (weights alone).")
     ] = None,
@@ -126,7 +126,7 @@ def decode(
 @bench.command()
 def images(
     model: Annotated[list[str] | None, typer.Option(help="Which models.")] = None,
-    batch: Annotated[list[int] | None, typer.Option(help="Batch sizes.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Batch sizes.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="float32, bfloat16, int8")] = None,
     guidance: Annotated[float, typer.Option(min=0.0, help="Scale of the guidance.")] = 3.0,
     rounds: RoundsOption = 5,
@@ -157,7 +157,7 @@ def speculative(
         int | None, typer.Option(min=1, help="After the prompt; default: as many as fit.")
     ] = None,
     gamma: Annotated[int, typer.Option(min=1, help="Elements a draft, at most.")] = 4,
-    batch: Annotated[list[int] | None, typer.Option(help="Batch sizes.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Batch sizes.")] = None,
     temperature: Annotated[float, typer.Option(min=0.0)] = 1.0,
     rounds: RoundsOption = 3,
 ) -> None:
@@ -228,7 +228,7 @@ def pretokenize(
 @bench.command()
 def width(
     widths: Annotated[
-        list[int] | None, typer.Option("--width", help="The first is the base.")
+        list[int] | None, typer.Option("--width", min=1, help="The first is the base.")
     ] = None,
     rate: Annotated[list[float] | None, typer.Option(help="Learning rates.")] = None,
     steps: Annotated[int, typer.Option(min=10)] = 150,

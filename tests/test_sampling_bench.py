@@ -1,5 +1,7 @@
 """The benchmarks measure what they say: the same tokens on both sides, rows that add up."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -29,6 +31,13 @@ def test_both_sides_say_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -
     text = bench.table(rows).splitlines()
     assert len({len(line) for line in text}) == 1
     assert "100%" in text[1]
+
+
+@pytest.mark.parametrize("command", ["decode", "images"])
+def test_a_batch_of_none_is_refused(command: str, run: Callable[..., tuple[int, str]]) -> None:
+    code, said = run("bench", command, "--batch", 0)
+    assert code == 2
+    assert said.startswith("error: Invalid value for '--batch'")
 
 
 def test_pictures_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
