@@ -40,6 +40,8 @@ def settings(job: str, values: dict[str, Any], overrides: list[str] | None) -> A
             target = target.setdefault(key, {})
             if not isinstance(target, dict):
                 raise RequestError(f"--set {override}: '{key}' is {target!r}, without keys below")
+        if target.get(last) is not None:  # a later one would silently take its place
+            raise RequestError(f"--set {override}: {name.strip()} is given already; give it once")
         try:
             target[last] = yaml.safe_load(raw)
         except yaml.YAMLError:
@@ -54,9 +56,20 @@ def settings(job: str, values: dict[str, Any], overrides: list[str] | None) -> A
 @app.command()
 def sample(
     model: ModelArgument,
-    n: Annotated[int | None, typer.Option("--n", min=1, help="How many samples.")] = None,
+    n: Annotated[
+        int | None,
+        typer.Option(
+            "--n",
+            min=1,
+            help="How many samples (default: one a prompt where text streams, else 8).",
+        ),
+    ] = None,
     classes: Annotated[
-        list[str] | None, typer.Option("--class", help="Asked for in turn, by name or number.")
+        list[str] | None,
+        typer.Option(
+            "--class",
+            help="Asked for in turn, by name or number (default: every class in turn).",
+        ),
     ] = None,
     prompt: Annotated[
         list[str] | None,
@@ -79,11 +92,19 @@ def sample(
     seconds: Annotated[
         float | None, typer.Option(help="How much of --audio; half of what the model makes.")
     ] = None,
-    length: Annotated[int | None, typer.Option(help="Elements after the prompt.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 takes the mode.")] = None,
-    top_k: Annotated[int | None, typer.Option()] = None,
-    top_p: Annotated[float | None, typer.Option()] = None,
-    seed: Annotated[int | None, typer.Option()] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Elements after the prompt (default: as many as fit).")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 takes the mode (default: 1).")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Only the k likeliest elements (default: all).")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Only the likeliest that make up p (default: all).")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of all samples (default: 0).")] = None,
     draft: Annotated[
         Path | None,
         typer.Option(
@@ -92,7 +113,13 @@ def sample(
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder for the store, pictures and texts.")
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="Folder for the store, pictures and texts (default: text to the terminal, else "
+            "./samples).",
+        ),
     ] = None,
     overrides: JobSetOption = None,
 ) -> None:

@@ -394,6 +394,36 @@ def test_characters_that_a_model_never_learned_from_are_named(
     assert "'ab Жc🙂' has characters that the model never learned from: 'Ж' '🙂'" in said
 
 
+def test_a_prompt_that_is_no_utf8_is_refused(text: Path, run: Callable[..., Any]) -> None:
+    code, said = run("sample", text, "--prompt", os.fsdecode(b"a\xff"))
+    assert code == 2
+    assert said.startswith("error: prompts (--prompt): 'a\\udcff': what stands at character 1")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ("--prompt", "a", "--set", 'prompts=["b"]'),
+        ("--set", "guidance.scale=2", "--set", "guidance.scale=3"),
+        ("--set", "guidance.scale=2", "--set", "guidance=3"),
+    ],
+)
+def test_a_setting_is_given_once(text: Path, run: Callable[..., Any], given: Any) -> None:
+    code, said = run("sample", text, *given)
+    assert code == 2
+    name = given[-1].partition("=")[0]
+    assert said == f"error: --set {given[-1]}: {name} is given already; give it once\n"
+
+
+def test_settings_below_one_that_was_given_are_added() -> None:
+    from chainrule.pipeline.cli_model import settings
+
+    recording = {"file": Path("a.wav"), "seconds": None}
+    found = settings("sample", {"recording": recording}, ["recording.seconds=2"])
+    assert (found.recording.file, found.recording.seconds) == (Path("a.wav"), 2)
+
+
 @pytest.mark.parametrize(
     ("settings", "samples"),
     [([], 1), (["number=3"], 3), (["prompts=[a, b]"], 2), (["prompts=[a, b]", "number=3"], 3)],

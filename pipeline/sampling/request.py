@@ -398,7 +398,17 @@ def _prompt(prompt: str | list[int], source: Source) -> list[int]:
 
 
 def _encoded(text: str, tokenizer: Any) -> list[int]:
-    """The tokens of a prompt; characters that the tokenizer has none for are named."""
+    """The tokens of a prompt; characters that the tokenizer has none for are named.
+
+    SamplingError for bytes of the command line that were no UTF-8: they came as lone surrogates.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SamplingError(
+            f"prompts (--prompt): {text[:40]!r}: what stands at character {error.start} is not "
+            "UTF-8; write the prompt in UTF-8"
+        ) from None
     [tokens] = tokenizer.encode([text])
     lost = "\ufffd"
     if tokenizer.decode([tokens])[0].count(lost) > text.count(lost):
