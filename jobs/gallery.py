@@ -20,14 +20,14 @@ import torch
 import yaml
 from PIL import Image
 
-from chainrule.jobs.sample import open_source
-from chainrule.pipeline.artifact import MANIFEST, Artifact, ArtifactError, read_json
+from chainrule.jobs.sample import card_of, open_source
+from chainrule.pipeline.artifact import MANIFEST, Artifact, ArtifactError, read_json, require_same
 from chainrule.pipeline.data.reader import Shards
 from chainrule.pipeline.data.tokens import TokenSet
 from chainrule.pipeline.destinations import require_file_place
 from chainrule.pipeline.sampling.memory import copied, nearest
 from chainrule.pipeline.sampling.request import Captioned, Source
-from chainrule.pipeline.sampling.store import CAPTIONS, Store
+from chainrule.pipeline.sampling.store import CAPTIONS, MANIFEST as STORE, Store
 from chainrule.pipeline.whole_file import write_whole
 
 TEMPLATE = Path(__file__).parents[1] / "pipeline" / "gallery_template.html"
@@ -40,16 +40,18 @@ VALIDATION_PICTURES = 200
 BATCH = 50
 
 
-def write_gallery(run: Path, out: Path | None = None) -> Path:
+def write_gallery(run: Path, out: Path | None = None, model: Path | None = None) -> Path:
     """Write the page of a run folder (or of one sample artifact); `gallery.html` in it.
 
-    ArtifactError where there is no sample artifact, RequestError where `out` cannot be written.
+    `model`: that of a folder which `chainrule sample --out` wrote, and which names it by its
+    fingerprint alone. ArtifactError where there is no sample artifact, RequestError where `out`
+    cannot be written.
     """
     out = out if out is not None else run / "gallery.html"
-    artifacts = sample_artifacts(run)
+    found = [_of_command(run, model)] if _is_commands(run) else _of_stages(run, model)
     require_file_place(out)
-    root = artifacts[0].folder.parent
-    stages = [stage_data(artifact, root) for artifact in artifacts]
+    root = found[0].artifact.folder.parent
+    stages = [stage_data(samples) for samples in found]
     stages.sort(key=lambda stage: stage["modality"] != "image")  # pictures come first
     data = json.dumps({"run": root.name, "stages": stages}, separators=(",", ":"))
     page = TEMPLATE.read_text(encoding="utf-8")
@@ -58,6 +60,51 @@ def write_gallery(run: Path, out: Path | None = None) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, page)
     return out
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples, and where the page finds what it tells of them."""
+
+    artifact: Artifact
+    model: Artifact
+    root: Path
+    """The run folder that the model's lineage leads through."""
+    settings: dict[str, Any]
+
+
+def _is_commands(run: Path) -> bool:
+    """Whether `chainrule sample --out` wrote it, and no stage."""
+    return (run / STORE).is_file() and not (run / MANIFEST).is_file()
+
+
+def _of_command(folder: Path, model: Path | None) -> Samples:
+    if model is None:
+        raise ArtifactError(
+            f"{folder}: was written by `chainrule sample`, and does not say where its model lies; "
+            "name the model with --model"
+        )
+    given = Artifact.bare(model)
+    header = Store.open(folder, verify=False).header
+    made_by = str(card_of(model)["fingerprint"])
+    require_same("samples and model", header["model"], str(folder), made_by, str(model))
+    return Samples(Artifact.bare(folder), given, model.absolute().parent, header["settings"])
+
+
+def _of_stages(run: Path, model: Path | None) -> list[Samples]:
+    artifacts = sample_artifacts(run)
+    if model is not None:
+        raise ArtifactError(f"{run}: its stages know their models; leave --model out")
+    root = artifacts[0].folder.parent
+    return [
+        Samples(
+            artifact,
+            _inputs(artifact, "model", root)[0],
+            root,
+            yaml.safe_load((artifact.folder / "config.yaml").read_text()),
+        )
+        for artifact in artifacts
+    ]
 
 
 def sample_artifacts(run: Path) -> list[Artifact]:
@@ -73,11 +120,11 @@ def sample_artifacts(run: Path) -> list[Artifact]:
     return samples
 
 
-def stage_data(artifact: Artifact, root: Path) -> dict[str, Any]:
+def stage_data(samples: Samples) -> dict[str, Any]:
     """What the page knows of one sample stage."""
+    artifact, config = samples.artifact, samples.settings
     store = Store.open(artifact.folder)
-    config = yaml.safe_load((artifact.folder / "config.yaml").read_text())
-    source = open_source(_inputs(artifact, "model", root)[0].folder, "cpu")
+    source = open_source(samples.model.folder, "cpu")
     number = min(store.number, SHOWN)
     tokens = store.read("tokens")[:number]
     lengths = store.read("length")[:number]
@@ -108,9 +155,9 @@ def stage_data(artifact: Artifact, root: Path) -> dict[str, Any]:
         ],
     }
     if "images" in store.arrays:
-        _pictures(data, store, source, artifact, root, tokens)
+        _pictures(data, store, source, samples, tokens)
     elif source.modality == "text" and source.tokenizer is not None:
-        _texts(data, source, artifact, root, tokens, lengths, config)
+        _texts(data, source, samples, tokens, lengths)
     return data
 
 
@@ -159,15 +206,14 @@ def _pictures(
     data: dict[str, Any],
     store: Store,
     source: Source,
-    artifact: Artifact,
-    root: Path,
+    samples: Samples,
     tokens: np.ndarray,
 ) -> None:
     images = store.read("images", range(len(tokens)))
     for i, sample in enumerate(data["samples"]):
         sample["picture"] = _uri(images[i])
         sample["tokens"] = tokens[i].tolist()
-    folders = _training_tokens(artifact, root)
+    folders = _training_tokens(samples)
     if not folders:
         data["neighbours"] = "the training tokens are not in this run folder"
         return
@@ -253,13 +299,11 @@ def _uri(picture: np.ndarray) -> str:
 def _texts(
     data: dict[str, Any],
     source: Source,
-    artifact: Artifact,
-    root: Path,
+    samples: Samples,
     tokens: np.ndarray,
     lengths: np.ndarray,
-    config: dict[str, Any],
 ) -> None:
-    prompts = config.get("prompts") or [""]
+    prompts = samples.settings.get("prompts") or [""]
     written = []
     for i, sample in enumerate(data["samples"]):
         asked = prompts[i % len(prompts)]
@@ -267,7 +311,7 @@ def _texts(
         sample["pieces"] = pieces(source, tokens[i, : lengths[i]])
         sample["prompt"] = len(prompt)
         written.append("".join(sample["pieces"])[len(prompt) :])
-    training = _training_texts(artifact, root)
+    training = _training_texts(samples)
     if not training:
         data["neighbours"] = "the training texts are not in this run folder"
         return
@@ -298,23 +342,22 @@ def _inputs(artifact: Artifact, role: str, root: Path) -> list[Artifact]:
     return [Artifact.open(root / entry["path"]) for entry in entries]
 
 
-def _training_tokens(artifact: Artifact, root: Path) -> list[Path]:
+def _training_tokens(samples: Samples) -> list[Path]:
     """The token shards that the model was trained on; none if any of them is not there."""
     try:
-        model = _inputs(artifact, "model", root)[0]
-        decoder = _inputs(model, "decoder", root)[0]
-        return [tokens.folder for tokens in _inputs(decoder, "tokens", root)]
+        decoder = _inputs(samples.model, "decoder", samples.root)[0]
+        return [tokens.folder for tokens in _inputs(decoder, "tokens", samples.root)]
     except ArtifactError:
         return []
 
 
-def _training_texts(artifact: Artifact, root: Path) -> list[str]:
+def _training_texts(samples: Samples) -> list[str]:
     """All training texts; none if any of the raw shards is not there."""
     try:
         raw = [
             data.folder
-            for folder in _training_tokens(artifact, root)
-            for data in _inputs(Artifact.open(folder), "data", root)
+            for folder in _training_tokens(samples)
+            for data in _inputs(Artifact.open(folder), "data", samples.root)
         ]
     except ArtifactError:
         return []

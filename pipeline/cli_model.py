@@ -337,8 +337,19 @@ def job_module_by_verb(verb: str) -> Any:
 
 @app.command()
 def gallery(
-    run: Annotated[Path, typer.Argument(help="A run folder, or one sample artifact.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="The page to write.")] = None,
+    run: Annotated[
+        Path, typer.Argument(help="A run folder, one sample artifact, or a folder of `sample`.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="The page to write (default: gallery.html in it)."),
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            "--model", "-m", callback=model_folders, help="The model of a folder of `sample`."
+        ),
+    ] = None,
 ) -> None:
     """Write a page to look through samples: surprise, nearest training data, tokens."""
-    typer.echo(job_module_by_verb("gallery").write_gallery(run, out))
+    typer.echo(job_module_by_verb("gallery").write_gallery(run, out, model))

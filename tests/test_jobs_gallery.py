@@ -13,9 +13,16 @@ import yaml
 
 from chainrule.jobs import gallery
 from chainrule.jobs.gallery import write_gallery
-from chainrule.jobs.sample import Config, main
+from chainrule.jobs.sample import Config, main, sample_folder
 from chainrule.pipeline import build, load
-from chainrule.pipeline.artifact import MANIFEST, Artifact, ArtifactError, partial_folder, publish
+from chainrule.pipeline.artifact import (
+    MANIFEST,
+    Artifact,
+    ArtifactError,
+    LineageError,
+    partial_folder,
+    publish,
+)
 from chainrule.pipeline.data.shards import ShardWriter, finish, key_of
 from chainrule.pipeline.models.folder import save
 from chainrule.pipeline.sampling.store import Store
@@ -186,6 +193,21 @@ def test_missing_training_data_is_said(run: Path, tmp_path: Path) -> None:
     stages = data_of(write_gallery(root))["stages"]
     assert (root / "gallery.html").is_file()
     assert [s["neighbours"].split()[2] for s in stages] == ["tokens", "tokens", "texts"]
+
+
+def test_a_folder_of_the_command_sample(run: Path, tmp_path: Path) -> None:
+    """The same page as of a stage, with the neighbours that the model's lineage leads to."""
+    folder = sample_folder(run / "pictures", tmp_path / "drawn", Config(number=6))
+    with pytest.raises(ArtifactError, match="name the model with --model"):
+        write_gallery(folder)
+    with pytest.raises(LineageError, match="samples and model do not match"):
+        write_gallery(folder, model=run / "texts")
+    [stage] = data_of(write_gallery(folder, model=run / "pictures"))["stages"]
+    made = data_of(write_gallery(run / "pictures_samples", tmp_path / "stage.html"))["stages"][0]
+    assert {**stage, "name": ""} == {**made, "name": ""}
+    assert len(stage["samples"][0]["near"]) > 0
+    with pytest.raises(ArtifactError, match="leave --model out"):
+        write_gallery(run, model=run / "pictures")
 
 
 def test_a_folder_without_samples_is_refused(run: Path, tmp_path: Path) -> None:
