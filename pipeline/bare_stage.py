@@ -21,7 +21,7 @@ from chainrule.pipeline.artifact import (
 )
 from chainrule.pipeline.config import RequestError, Settings, changed_settings, result_settings
 from chainrule.pipeline.destinations import require_folder_place
-from chainrule.pipeline.stage import Stage
+from chainrule.pipeline.stage import Stage, say
 
 REQUEST = "request.json"
 
@@ -50,9 +50,11 @@ def bare_stage(
         resumed = _take_up(working, job, config, found)
         try:
             yield Stage(job, "", job, working, "", found, resumed=resumed)
-        except BaseException:
+        except BaseException as error:
             if not _results(working):
                 shutil.rmtree(working)
+            elif isinstance(error, KeyboardInterrupt):
+                say(f"{working}: is kept; the same command goes on from there")
             raise
         (working / REQUEST).unlink()
         shutil.rmtree(lock_path(held).parent)

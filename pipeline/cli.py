@@ -145,7 +145,12 @@ def run(
             say(f"{what} {plan.name}  {plan.state}: {plan.reason}")
         _print_yaml(pipeline)
         return
-    raise typer.Exit(launch.run_pipeline(pipeline, selection, _write_report, keep_going))
+    try:
+        code = launch.run_pipeline(pipeline, selection, _write_report, keep_going)
+    except KeyboardInterrupt:
+        say(f"{pipeline.root}: what was done is kept; the same command goes on from there")
+        raise
+    raise typer.Exit(code)
 
 
 def _load(
@@ -412,7 +417,7 @@ def main() -> None:
 
 
 def _interrupted() -> int:
-    say("interrupted; the same command goes on from where it stopped")
+    say("interrupted")  # whoever keeps what was done has said so
     return INTERRUPTED
 
 
@@ -430,12 +435,14 @@ def _main() -> int:
         finally:  # from here on a signal would only cost the last words and the exit code
             for deaf in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
                 signal.signal(deaf, signal.SIG_IGN)
+        if result == INTERRUPTED:  # typer makes that of a KeyboardInterrupt
+            return _interrupted()
         return int(result) if isinstance(result, int) else DONE
     except UsageError as error:
         where = f" ({error.ctx.command_path} --help)" if error.ctx is not None else ""
         say(f"error: {error.format_message()}{where}")
         return WRONG_REQUEST
-    except typer.Exit as error:  # typer makes one of a KeyboardInterrupt
+    except typer.Exit as error:
         return _interrupted() if error.exit_code == INTERRUPTED else int(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         return _interrupted()

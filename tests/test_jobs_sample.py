@@ -372,6 +372,27 @@ def test_a_killed_command_goes_on_and_another_request_is_refused(
     assert not (tmp_path / "drawn.partial").exists()
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_an_interrupted_command_says_what_is_kept(
+    pictures: Path,
+    tmp_path: Path,
+    run: Callable[..., tuple[int, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    kept: bool,
+) -> None:
+    def interrupted(config: Config, stage: Stage) -> None:
+        if kept:
+            (stage.folder / "drawn.txt").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample, "main", interrupted)
+    code, said = run("sample", pictures, "-o", tmp_path / "drawn")
+    partial = tmp_path / "drawn.partial"
+    words = f"{partial}: is kept; the same command goes on from there\n" if kept else ""
+    assert (code, said) == (130, words + "interrupted\n")
+    assert partial.exists() == kept
+
+
 def test_a_refused_command_leaves_nothing(
     pictures: Path, tmp_path: Path, run: Callable[..., tuple[int, str]]
 ) -> None:
