@@ -82,8 +82,11 @@ def _open_same_model(packed: Container, given: Path | None, device: str | None) 
     source = open_source(folder, device or kind, dtype)
     found = str(source.card.get("fingerprint"))[:SHOWN]
     if found != header.fingerprint:
+        remedy = "name the right one with --model"
+        if given is not None:
+            remedy += ", or leave --model out, and it is looked for"
         raise CompressError(
-            f"{path}: was coded under the model {header.fingerprint}, {folder} is {found}"
+            f"{path}: was coded under the model {header.fingerprint}, {folder} is {found}; {remedy}"
         )
     return source
 

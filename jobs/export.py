@@ -18,18 +18,21 @@ from chainrule.pipeline.models.transformers_format import to_transformers
 from chainrule.tokenizers import transformers_format as tokenizer_format
 from chainrule.tokenizers.interface import Tokenizer, TokenizerError, load as load_tokenizer
 
+CLASSES_SHOWN = 10
 
-def export(model: Path, out: Path) -> str | None:
+
+def export(model: Path, out: Path) -> list[str]:
     """Write the decoder in `model` as a `transformers` folder, with its tokenizer if it is text.
 
-    `out` is empty or not there yet. What is to be said: why it goes without its tokenizer.
+    `out` is empty or not there yet. Lines that are to be said: why it goes without its tokenizer,
+    how a class is asked for.
     RequestError where `transformers` has no such model, or `out` cannot be made.
     """
     require_folder_place(out)
     card = model_folder.read_card(model)
     loaded = model_folder.load(model, dtype=torch.float32)
     specials = (card.get("vocabulary") or {}).get("specials", {})
-    tokenizer, said = _tokenizer(model, card)
+    tokenizer, left_out = _tokenizer(model, card)
     out = out.resolve()
     beside = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(beside, ignore_errors=True)  # of an attempt that was killed
@@ -42,14 +45,43 @@ def export(model: Path, out: Path) -> str | None:
         raise RequestError(f"{model}: {error}") from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    return said
+    return [*([left_out] if left_out is not None else []), *_start_tokens(loaded, card)]
+
+
+def _start_tokens(model: Any, card: dict[str, Any]) -> list[str]:
+    """Which token stands first for which class, of a model that has classes."""
+    classes = getattr(model.config, "classes", None)
+    if classes is None:
+        return []
+    first = model.config.vocabulary_size
+    names = [str(name) for name in card.get("classes") or range(classes)]
+    shown = [f"{first + i} for {name}" for i, name in enumerate(names[:CLASSES_SHOWN])]
+    if len(names) > CLASSES_SHOWN:
+        shown.append(f"… {first + classes - 1} for {names[-1]}")
+    return [
+        f"start with the token of a class: {', '.join(shown)}; "
+        f"{first + classes} (bos_token_id) for none"
+    ]
 
 
 def _tokenizer(model: Path, card: dict[str, Any]) -> tuple[Tokenizer | None, str | None]:
     """What is to be written of the tokenizer; None, and why, where it has no such form."""
     entry = card.get("tokenizer")
-    if entry is None or not entry["path"] or card.get("modality") != "text":
+    if entry is None and card.get("tokenizers"):
+        kinds = ", ".join(str(one["modality"]) for one in card["tokenizers"])
+        return None, (
+            f"{model}: its tokenizers are left out, encode and decode with chainrule: a vocabulary "
+            f"of several ({kinds}) has no form in transformers"
+        )
+    if entry is None:
         return None, None
+    if not entry["path"]:
+        return None, f"{model}: goes without a tokenizer: the model folder holds none"
+    if card.get("modality") != "text":
+        return None, (
+            f"{model / entry['path']}: left out, encode and decode with chainrule: a tokenizer of "
+            f"{card.get('modality')} has no form in transformers"
+        )
     try:
         tokenizer = load_tokenizer(model / entry["path"])
     except TokenizerError as error:

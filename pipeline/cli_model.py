@@ -45,7 +45,10 @@ def settings(job: str, values: dict[str, Any], overrides: list[str] | None) -> A
         try:
             target[last] = yaml.safe_load(raw)
         except yaml.YAMLError:
-            raise RequestError(f"--set {override}: '{raw}' is no YAML value") from None
+            raise RequestError(
+                f"--set {override}: '{raw}' is no YAML value; put text of such characters in "
+                f'quotes: --set \'{name.strip()}="{raw}"\', in a list ["{raw}"]'
+            ) from None
     config = job_module(job).Config
     try:
         return config.model_validate(merged)
@@ -294,9 +297,8 @@ def export(
     """Write a decoder as a `transformers` folder (GPT-2, LLaMA, Mistral, Falcon, ImageGPT)."""
     if to != "transformers":
         raise RequestError(f"--to {to}: known: transformers")
-    said = job_module_by_verb("export").export(model, new_folder(out))
-    if said is not None:
-        typer.echo(said, err=True)
+    for line in job_module_by_verb("export").export(model, new_folder(out)):
+        typer.echo(line, err=True)
     typer.echo(out)
 
 

@@ -239,7 +239,9 @@ def test_a_container_is_refused_before_anything_is_written(model_folder, files, 
     other = folder_of(trained(steps=1, seed=5), ByteTokenizer(), tmp_path / "other")
     mine = Artifact.bare(model_folder).card["fingerprint"][:16]
     theirs = Artifact.bare(other).card["fingerprint"][:16]
-    with pytest.raises(CompressError, match=f"{mine}.*{theirs}"):
+    with pytest.raises(
+        CompressError, match=f"{mine}.*{theirs}; name the right one with --model, or leave"
+    ):
         decompress_file(out, other, restored)
     with pytest.raises(CompressError, match="not a model folder"):
         decompress_file(out, tmp_path, restored)

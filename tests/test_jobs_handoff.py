@@ -214,7 +214,7 @@ def model_with(tokenizer: Tokenizer, folder: Path) -> Path:
 def test_other_tokenizers_go_along(tmp_path, tokenizer):
     transformers = pytest.importorskip("transformers")
     (tmp_path / "theirs").mkdir()  # an empty folder will do
-    assert export(model_with(tokenizer, tmp_path / "model"), tmp_path / "theirs") is None
+    assert export(model_with(tokenizer, tmp_path / "model"), tmp_path / "theirs") == []
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "theirs")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs").eval()
     ids = theirs("cab\n🙂 ba", return_tensors="pt")["input_ids"]
@@ -229,8 +229,7 @@ def test_other_tokenizers_go_along(tmp_path, tokenizer):
 def test_a_tokenizer_without_a_counterpart_stays_behind_and_is_named(tmp_path):
     settings = SentencePieceSettings(vocabulary_size=300, normalization="nfkc")
     model = model_with(SentencePieceTokenizer.train(settings, DOCUMENTS), tmp_path / "model")
-    said = export(model, tmp_path / "theirs")
-    assert said is not None
+    [said] = export(model, tmp_path / "theirs")
     assert said.endswith("chainrule: normalization 'nfkc' has no form in transformers")
     assert "\n" not in said
     assert {path.name for path in (tmp_path / "theirs").iterdir()} == {
@@ -238,6 +237,32 @@ def test_a_tokenizer_without_a_counterpart_stays_behind_and_is_named(tmp_path):
         "generation_config.json",
         "model.safetensors",
     }
+
+
+def test_classes_and_tokenizers_without_a_counterpart_are_said(tmp_path):
+    """The token that is named for a class starts what our model draws given that class."""
+    transformers = pytest.importorskip("transformers")
+    config = {"preset": "imagegpt-debug", "vocabulary_size": 16, "event_shape": [4, 4]}
+    model = build({**config, "classes": 2}, seed=0)
+    about = {"modality": "image", "classes": ["cat", "dog"]}
+    entry = {"path": "tokenizer", "fingerprint": "f", "kind": "pixels"}
+    model_folder.save(model, tmp_path / "model", {**about, "tokenizer": entry})
+    left_out, start = export(tmp_path / "model", tmp_path / "theirs")
+    assert left_out.startswith(f"{tmp_path / 'model' / 'tokenizer'}: left out")
+    assert start == (
+        "start with the token of a class: 16 for cat, 17 for dog; 18 (bos_token_id) for none"
+    )
+    theirs = transformers.ImageGPTForCausalImageModeling.from_pretrained(tmp_path / "theirs").eval()
+    x = torch.randint(0, 16, (1, 4, 4), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for token, cond in ((16, torch.tensor([0])), (17, torch.tensor([1])), (18, None)):
+            ours = model.eval().conditionals(x, cond).logits
+            ids = torch.cat([torch.tensor([[token]]), model.to_sequence(x)[:, :-1]], 1)
+            assert torch.allclose(ours.reshape(1, 16, 16), theirs(ids).logits[..., :16], atol=1e-4)
+    joint = [{"modality": "text"}, {"modality": "image"}]
+    model_folder.save(model, tmp_path / "joint", {**about, "tokenizer": None, "tokenizers": joint})
+    said = export(tmp_path / "joint", tmp_path / "theirs of joint")
+    assert "a vocabulary of several (text, image) has no form in transformers" in said[0]
 
 
 def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch):

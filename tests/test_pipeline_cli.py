@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from chainrule.pipeline import cli
+from chainrule.pipeline.cli_model import settings
+from chainrule.pipeline.config import RequestError
 
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
 
@@ -31,3 +33,9 @@ def test_the_version_is_the_package_s_or_else_the_checkout_s(
 
     monkeypatch.setattr(metadata, "version", missing)
     assert cli._version() == PROJECT["version"]
+
+
+def test_a_value_that_is_no_yaml_is_shown_in_quotes() -> None:
+    with pytest.raises(RequestError, match=r"""--set 'stop=":"', in a list \[":"\]"""):
+        settings("sample", {}, ["stop=:"])
+    assert settings("sample", {}, ['stop=[":"]']).stop == [":"]
