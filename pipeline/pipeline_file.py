@@ -1,7 +1,7 @@
 """Reading a pipeline file: YAML and overrides in, a validated `Pipeline` out.
 
-Every fault is a RequestError that names the file, the line, the key and the nearest known
-key. Defaults < YAML < `--set a.b=v`.
+Every fault is a RequestError that names the file and the line (or the `--set`), the key and the
+nearest known key. Defaults < YAML < `--set a.b=v`.
 """
 
 import importlib.resources
@@ -66,6 +66,8 @@ class _Document:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.lines: dict[tuple, int] = {}
+        self.overridden: list[tuple[tuple, str]] = []
+        """Keys and text of each `--set`, in order."""
         try:
             node = yaml.compose(path.read_text(), Loader=_Loader)
             if node is not None:
@@ -124,14 +126,22 @@ class _Document:
             raise RequestError(f"--set {text}: '{keys[-1]}' lies inside a value that has no keys")
         target[keys[-1]] = value
         self.lines = {k: v for k, v in self.lines.items() if k[: len(keys)] != tuple(keys)}
+        self.overridden.append((tuple(keys), text))
 
     def fault(self, location: tuple, message: str) -> RequestError:
-        """A RequestError that names the file and the nearest line known for `location`."""
+        """A RequestError that names the `--set` that gave what is at `location`, or else the file,
+        the nearest line known for it, and each `--set` inside it."""
         keys = tuple(str(part) for part in location)
+        for given, text in reversed(self.overridden):
+            if keys[: len(given)] == given:
+                return RequestError(f"--set {text}: {message}")
+        of_a_setting = len(keys) > len(("stages", "name"))
+        inside = [t for g, t in self.overridden if of_a_setting and g[: len(keys)] == keys]
+        changed = f" with --set {' --set '.join(inside)}" if inside else ""
         while keys and keys not in self.lines:
             keys = keys[:-1]
         line = f":{self.lines[keys]}" if keys else ""
-        return RequestError(f"{self.path}{line}: {message}")
+        return RequestError(f"{self.path}{line}{changed}: {message}")
 
     def pipeline(self, runs: str | Path | None, overrides: list[str]) -> Pipeline:
         for key in self.value:

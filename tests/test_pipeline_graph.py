@@ -139,6 +139,28 @@ def test_override_reaches_the_setting(config: Path, override: str, expected: flo
 
 
 @pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("a.inner.rate=fast", "valid number"),
+        ("a.inner={rte: 1}", "unknown key 'inner.rte'"),
+        ("a.txt=one", "unknown key 'txt'"),
+        ("d.inputs.parts=cc", "no stage"),
+        ("nme=small", "no stage 'nme'"),
+    ],
+)
+def test_a_fault_of_an_override_names_it(config: Path, override: str, words: str) -> None:
+    with pytest.raises(RequestError, match=words) as caught:
+        load(config, "b.text=three", override)
+    assert str(caught.value).startswith(f"--set {override}: ")
+    config.write_text(TEXT.replace("rate:", "rte:"))
+    with pytest.raises(RequestError, match=r"small.yaml:10: .*unknown key 'inner.rte'"):
+        load(config, "a.inner.names=[]")
+    config.write_text(TEXT.replace("[a, b]", "{}"))
+    with pytest.raises(RequestError, match="small.yaml:5 with --set c.inputs.parts.x=a: .*stage"):
+        load(config, "a.text=three", "c.inputs.parts.x=a")
+
+
+@pytest.mark.parametrize(
     ("change", "line", "words"),
     [
         (("rate: 1e-3", "rte: 1e-3"), 10, "unknown key 'inner.rte'; did you mean 'rate'?|rate"),
