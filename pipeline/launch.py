@@ -17,6 +17,7 @@ from chainrule.pipeline.pipeline_run import PipelineRun
 from chainrule.pipeline.ranks import needs_ranks, run_ranks
 from chainrule.pipeline.stage import DONE, FAILED, StageFailed, StageInterrupted, say
 from chainrule.pipeline.stage_run import run_here
+from chainrule.pipeline.tracking import end_abandoned
 
 
 @dataclass(frozen=True)
@@ -188,9 +189,16 @@ def failing(name: str) -> Iterator[None]:
 
 def discard_unfinished(folder: Path) -> None:
     """Drop what an earlier attempt left; StageLocked where somebody is at work on it."""
+    partial = partial_folder(folder)
+    run_id = None
     with artifact.lock(folder):
-        for left in (partial_folder(folder), *artifact.asides(folder)):
+        if (partial / artifact.ATTEMPT).is_file():
+            # An altered one is no reason to keep it.
+            with contextlib.suppress(artifact.ArtifactError):
+                run_id = artifact.read_json(partial / artifact.ATTEMPT).get("mlflow_run_id")
+        for left in (partial, *artifact.asides(folder)):
             shutil.rmtree(left, ignore_errors=True)
+    end_abandoned(folder.parents[1], run_id)
 
 
 def _headline(metrics: dict[str, Any]) -> str:

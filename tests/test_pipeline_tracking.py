@@ -16,6 +16,7 @@ from chainrule.pipeline import catalogue, pipeline_file, stage_run, tracking
 from chainrule.pipeline.artifact import read_json
 from chainrule.pipeline.config import Settings, runtime
 from chainrule.pipeline.graph import Pipeline
+from chainrule.pipeline.launch import discard_unfinished
 from chainrule.pipeline.pipeline_file import load_pipeline
 from chainrule.pipeline.stage import Stage, StageInterrupted
 from chainrule.pipeline.tracking import Tracker
@@ -182,6 +183,14 @@ def test_the_run_of_work_under_other_settings_is_ended(load: Callable[..., Pipel
     store.update_run(earlier, status="RUNNING")  # as a kill leaves it
     stage_run.run_here(load("rate=0.2"), "decoder")
     assert store.get_run(earlier).info.status == "KILLED"
+    store.update_run(earlier, status="RUNNING")
+    attempt = pipeline.root / "decoder.partial" / "attempt.json"
+    for text, status in (("{cut", "RUNNING"), (f'{{"mlflow_run_id": "{earlier}"}}', "KILLED")):
+        attempt.parent.mkdir()
+        attempt.write_text(text)
+        discard_unfinished(pipeline.root / "decoder")  # run --force
+        assert not attempt.parent.exists()
+        assert store.get_run(earlier).info.status == status
     manifest = read_json(pipeline.root / "decoder" / "artifact.json")
     assert manifest["mlflow"]["run_id"] != earlier
     assert store.get_run(manifest["mlflow"]["run_id"]).info.status == "FINISHED"
