@@ -3,6 +3,8 @@
     token sets → global order → rank's slice of batch s → update s → log → now and then
     validation and a checkpoint → model.json and the last checkpoint, for handoff
 
+With a model as the input `initial`, its weights are what the first update starts from.
+
 Killed at any instant and started again, it goes on from the last whole checkpoint and gives
 the losses of the run that was not killed. Nothing random outlives a step: each step's seed
 is a function of (seed, step, rank).
@@ -60,9 +62,13 @@ from chainrule.pipeline.training.throughput import (
     progress_line,
 )
 from chainrule.pipeline.training.validation import Validation, context_free_loss, validation_sets
+from chainrule.pipeline.training.warm_start import take_weights
 
 log = logging.getLogger("chainrule.pretrain")
-INPUTS = {"tokens": Input(("pretokenize",), many=True)}
+INPUTS = {
+    "tokens": Input(("pretokenize",), many=True),
+    "initial": Input(("handoff", "distill"), optional=True),
+}
 
 
 class Config(Settings):
@@ -206,11 +212,15 @@ def train(config: Config, stage: Stage, engine: Engine, stop: StopSignals) -> No
     )
     objective = Objective(model, config.documents, config.z_loss)
     flops = flops_per_element(model)
-    initialise_from_data(model, drawn.batch(0, sizes[0][1]))
+    description = assembly.describe(model_config, drawn, sets, artifacts)
+    initial = stage.optional("initial")
+    if initial is None:
+        initialise_from_data(model, drawn.batch(0, sizes[0][1]))
+    else:
+        take_weights(model, initial, description)
     engine.prepare(model, lambda module: build_optimizer(module, config.optimizer))
     if config.ema is not None:
         engine.keep_average(config.ema)
-    description = assembly.describe(model_config, drawn, sets, artifacts)
     if stage.is_main:
         write_json(stage.folder / "model.json", description)
         for line in unlikely(drawn, sizes[-1][1], config.model, model_config):
