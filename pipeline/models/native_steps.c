@@ -92,7 +92,7 @@ INLINE float sum(floats x) {
 INLINE float exponential_one(float x) { return exponential((floats){x})[0]; }
 
 /* out[m][o] (+)= sum_i w[o][i] x[m][i]: ROWS rows of w against COLS inputs. While they are
-   multiplied, the rows after them are fetched: `ahead` rows are still to come. */
+   multiplied, the rows after them are fetched: `ahead` rows are still to come, 0 fetches none. */
 INLINE void tile(const void *w, int64_t n, int kind, int rows, const float *x, int64_t x_stride,
                  int cols, float *out /* rows x cols */, int64_t ahead) {
     floats acc[4][4];
@@ -143,12 +143,18 @@ INLINE void tiles_of(Matrix w, int64_t n, int kind, int rows, const float *x, in
     }
 }
 
+/* Up to so many inputs, rows are read one after another: one stream of addresses is what the
+   processor's own prefetcher follows best (1.7 to 2.1 times the rate of four rows at a time that
+   are fetched by hand). More inputs are bound by arithmetic, for which four rows share x. */
+INLINE int64_t few(int kind) { return kind == INT8 ? 2 : 6; }
+
 #define PRODUCT(NAME, KIND)                                                                      \
     static void NAME(Matrix w, int64_t n, const float *x, int64_t x_stride, int64_t m,           \
                      float *out, int64_t out_stride, int add, int64_t o, int64_t end) {          \
-        for (; o + 4 <= end; o += 4)                                                             \
+        for (; m > few(KIND) && o + 4 <= end; o += 4)                                            \
             tiles_of(w, n, KIND, 4, x, x_stride, m, out, out_stride, add, o, end);               \
-        for (; o < end; o++) tiles_of(w, n, KIND, 1, x, x_stride, m, out, out_stride, add, o, end); \
+        for (; o < end; o++)                                                                     \
+            tiles_of(w, n, KIND, 1, x, x_stride, m, out, out_stride, add, o, o + 1);             \
     }
 PRODUCT(product_float32, FLOAT32)
 PRODUCT(product_bfloat16, BFLOAT16)
