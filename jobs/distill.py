@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from pydantic import Field, field_validator, model_validator
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from chainrule.jobs.sample import open_source, token_set
 from chainrule.pipeline.artifact import Artifact
@@ -40,7 +39,7 @@ from chainrule.pipeline.sampling.store import Layout, Store
 from chainrule.pipeline.stage import Input, Stage, StageFailed
 from chainrule.pipeline.training.assembly import known_model
 from chainrule.pipeline.training.objective import condition_of
-from chainrule.pipeline.whole_file import as_usual, whole
+from chainrule.pipeline.whole_file import whole
 
 INPUTS = {
     "model": Input(("handoff",)),
@@ -278,8 +277,7 @@ def save_state(
         for key, value in optimizer.state[parameter].items():
             tensors[f"{key}/{name}"] = value.contiguous()
     with whole(path) as temporary:
-        save_file(tensors, temporary, metadata={"step": json.dumps(step)})
-        as_usual(temporary)
+        model_folder.write_tensors(temporary, tensors, {"step": json.dumps(step)})
 
 
 def restore(path: Path, draft: Autoregressive, optimizer: torch.optim.Optimizer) -> int:

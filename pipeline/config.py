@@ -78,8 +78,8 @@ def _changed(now: Any, then: Any, where: str) -> Iterator[str]:
     if isinstance(now, BaseModel) and isinstance(then, dict):
         yield from changed_settings(now, then, f"{where}.")
     elif isinstance(now, dict) and isinstance(then, dict):
-        for key in sorted({*map(str, now), *then}):
-            have = {str(k): v for k, v in now.items()}
+        have = {str(k): v for k, v in now.items()}
+        for key in sorted({*have, *then}):
             yield from _changed(have.get(key), then.get(key), f"{where}.{key}")
     elif isinstance(now, list | tuple) and isinstance(then, list) and len(now) == len(then):
         for i, (new, old) in enumerate(zip(now, then, strict=True)):

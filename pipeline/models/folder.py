@@ -8,6 +8,7 @@ adds (vocabulary, tokenizer, lineage, validation figures). Its `fingerprint` is 
 config and the weights: a folder that was altered is refused.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -164,13 +165,20 @@ def _write_weights(weights: dict[str, Tensor], folder: Path, shard_bytes: int) -
         ]
     for name, shard in zip(names, shards, strict=True):
         with whole(folder / name) as temporary:
-            save_file(shard, temporary)
-            as_usual(temporary)
+            write_tensors(temporary, shard)
     if len(shards) > 1:
         places = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         total = sum(tensor.nbytes for tensor in weights.values())
         index = {"metadata": {"total_size": total}, "weight_map": places}
         write_json(folder / INDEX, index)
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """A safetensors file, with the permissions of any other (the library makes it private)."""
+    save_file(dict(tensors), path, metadata)
+    as_usual(path)
 
 
 def weight_files(folder: Path) -> list[Path]:

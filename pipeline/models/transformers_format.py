@@ -18,20 +18,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from chainrule.pipeline.artifact import ArtifactError, read_json, write_json
 from chainrule.pipeline.models.contract import Autoregressive
 from chainrule.pipeline.models.decoder import Decoder
 from chainrule.pipeline.models.decoder_config import DecoderConfig
-from chainrule.pipeline.models.folder import build_empty, place_weights, read_weights
+from chainrule.pipeline.models.folder import (
+    build_empty,
+    place_weights,
+    read_weights,
+    write_tensors,
+)
 from chainrule.pipeline.models.transformers_config import (
     check_expressible,
     read_config,
     their_config,
 )
-from chainrule.pipeline.whole_file import as_usual
 
 
 @dataclass(frozen=True)
@@ -222,8 +225,7 @@ def to_transformers(model: Autoregressive, folder: str | Path, eos: int | None =
         unused = len(starts) - (config.family == "imagegpt")
         head = state["head.weight"]
         weights["lm_head.weight"] = torch.cat([head, head.new_zeros(unused, head.shape[1])])
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    as_usual(folder / "model.safetensors")
+    write_tensors(folder / "model.safetensors", weights, {"format": "pt"})
 
     bos = config.bos if config.bos is not None else size + len(starts) - 1
     generation: dict[str, Any] = {"bos_token_id": bos}

@@ -34,12 +34,12 @@ from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from chainrule.pipeline.artifact import ArtifactError, read_json, sha256_file, write_json
+from chainrule.pipeline.models.folder import write_tensors
 from chainrule.pipeline.stage import StageFailed
-from chainrule.pipeline.whole_file import as_usual, write_whole
+from chainrule.pipeline.whole_file import write_whole
 
 FORMAT = 1
 MANIFEST = "checkpoint.json"
@@ -312,8 +312,7 @@ class CheckpointWriter:
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file and sync it to disk."""
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    as_usual(path)
+    write_tensors(path, {name: tensor.contiguous() for name, tensor in tensors.items()})
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
