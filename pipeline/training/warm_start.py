@@ -19,13 +19,13 @@ def take_weights(model: Autoregressive, given: Artifact, description: dict[str, 
     """
     card = given.card
     one = [card["tokenizer"]] if card.get("tokenizer") else []
-    theirs = sorted(entry["fingerprint"] for entry in card.get("tokenizers") or one)
-    ours = sorted(entry["fingerprint"] for entry in description["tokenizers"])
+    theirs = {entry["fingerprint"] for entry in card.get("tokenizers") or one}
+    ours = {entry["fingerprint"] for entry in description["tokenizers"]}
     require_same(
         "tokenizers of the model to begin with and of the tokens",
-        " ".join(theirs),
+        min(theirs - ours, default="none"),  # of several, one that the other side has not
         str(given.folder),
-        " ".join(ours),
+        min(ours - theirs, default="none"),
         "the input tokens",
         "pretokenize with the model's own",
     )
