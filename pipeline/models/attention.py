@@ -5,6 +5,7 @@
               nobody sees are skipped (Dong et al. 2024)
     written   three products, in bf16 on a CPU when training: there the backward pass of torch's
               kernel is 2 to 7 times slower than they are (contexts of 256 and 64)
+    in C      in float32 on a CPU when training, where there is a compiler (native_attention.py)
     grouped   in a cursor's steps: one query or few; no key is repeated for the heads that share it
 
 Legend: B batch, T elements, H heads, K key/value heads, d width of a head.
@@ -19,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from chainrule.pipeline.models import native_attention
+
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q_BHTd, k_BKTd, v_BKTd) -> BHTd: attention over what the caller lets be seen."""
 
@@ -31,6 +34,7 @@ def full_attention(
     the first layer asks."""
     limited = documents is not None or (window is not None and window < length)
     mask: Tensor | None = None
+    first: Tensor | None = None
     bias: Tensor | None = None
     blocks: Any = None
 
@@ -41,7 +45,7 @@ def full_attention(
         return mask
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        nonlocal bias, blocks
+        nonlocal bias, blocks, first
         if limited and flex_fits(q, dropout):
             if blocks is None:
                 blocks = visible_blocks(length, window, documents, device)
@@ -50,6 +54,11 @@ def full_attention(
             if bias is None:
                 bias = attention_bias(q, dense())
             return written_out_attention(q, k, v, bias, dropout)
+        if native_attention.fits(q, k, dropout):
+            if first is None:
+                first = first_seen(len(q), length, window, documents, device)
+            y: Tensor = native_attention.AttentionInC.apply(q, k, v, first)
+            return y
         return F.scaled_dot_product_attention(
             q,
             k,
@@ -74,6 +83,18 @@ def visible(
         mask = mask & (documents.unsqueeze(2) == documents.unsqueeze(1))
         mask = mask.unsqueeze(1)
     return mask
+
+
+def first_seen(
+    batch: int, length: int, window: int | None, documents: Tensor | None, device: torch.device
+) -> Tensor:
+    """`visible` as the first input that each may look at, (B, T): it sees all from there to itself."""
+    steps = torch.arange(length, device=device).expand(batch, -1)
+    first = torch.zeros_like(steps)
+    if documents is not None:
+        new = documents[:, 1:] != documents[:, :-1]
+        first[:, 1:] = torch.where(new, steps[:, 1:], 0).cummax(dim=1).values
+    return first if window is None else first.maximum(steps - window + 1)
 
 
 FLEX_LEAST_WIDTH = 16

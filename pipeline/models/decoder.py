@@ -38,6 +38,8 @@ from chainrule.pipeline.models.inputs import (
 from chainrule.pipeline.models.kernels import (
     Linear,
     RMSNorm,
+    gelu,
+    gelu_tanh,
     quick_gelu,
     split_heads,
     swiglu,
@@ -71,6 +73,9 @@ def rope_table(config: DecoderConfig, device: torch.device) -> Tensor:
     angle = torch.outer(torch.arange(config.inputs, device=device).float(), frequency)
     cos, sin = angle.cos(), angle.sin()
     return torch.stack([torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)])
+
+
+ACTIVATIONS = {"gelu": gelu, "gelu-tanh": gelu_tanh, "quick-gelu": quick_gelu, "swiglu": swiglu}
 
 
 class Attention(nn.Module):
@@ -109,13 +114,7 @@ class MLP(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         h = self.input(x_BTD)
-        if self.activation == "swiglu":
-            h = swiglu(h)
-        elif self.activation == "quick-gelu":
-            h = quick_gelu(h)
-        else:
-            h = F.gelu(h, approximate="tanh" if self.activation == "gelu-tanh" else "none")
-        y: Tensor = self.output(h)
+        y: Tensor = self.output(ACTIVATIONS[self.activation](h))
         return y
 
 

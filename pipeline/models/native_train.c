@@ -1,4 +1,4 @@
-/* RMSNorm, SwiGLU, ImageGPT's GELU and rotary positions with their gradients, each in one pass over memory, in
+/* RMSNorm, SwiGLU, three GELUs and rotary positions with their gradients, each in one pass over memory, in
    float32 on the CPU. What they say is written out in kernels.py. Called by native_train.py. */
 
 #include <math.h>
@@ -117,6 +117,75 @@ void quick_gelu_backward(int64_t rows, int64_t n, int64_t threads, const float *
             floats a = some(x + i, count), open = 1.0f / (1.0f + exponential(-1.702f * a));
             put(by_x + i, some(gradient + i, count) * open * (1.0f + 1.702f * a * (1.0f - open)),
                 count);
+        }
+}
+
+/* GELU by the tangent (GPT-2's): x / (1 + e^(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3). */
+#define TANGENT 1.5957691216f /* 2 sqrt(2/pi) */
+
+void gelu_tanh(int64_t rows, int64_t n, int64_t threads, const float *x, float *y) {
+    ROWS
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t i = row * n; i < (row + 1) * n; i += 16) {
+            int64_t left = (row + 1) * n - i, count = left < 16 ? left : 16;
+            floats a = some(x + i, count), twice = TANGENT * a * (1.0f + 0.044715f * a * a);
+            put(y + i, a / (1.0f + exponential(-twice)), count);
+        }
+}
+
+void gelu_tanh_backward(int64_t rows, int64_t n, int64_t threads, const float *gradient,
+                        const float *x, float *by_x) {
+    ROWS
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t i = row * n; i < (row + 1) * n; i += 16) {
+            int64_t left = (row + 1) * n - i, count = left < 16 ? left : 16;
+            floats a = some(x + i, count), square = a * a;
+            floats open = 1.0f / (1.0f + exponential(-TANGENT * a * (1.0f + 0.044715f * square)));
+            floats slope = TANGENT * (1.0f + 0.134145f * square);
+            put(by_x + i, some(gradient + i, count) * open * (1.0f + a * slope * (1.0f - open)),
+                count);
+        }
+}
+
+/* The normal distribution function, and e^(-x^2/2), within 1.2e-7 of their size: Press et al., Numerical
+   Recipes, section 6.2 (erfcc). */
+INLINE floats normal_cdf(floats x, floats *bell) {
+    const floats zero = {0};
+    ints negative = x < zero;
+    floats z = (floats)((ints)x & 0x7fffffff) * 0.70710678f, t = 1.0f / (1.0f + 0.5f * z);
+    *bell = exponential(-z * z);
+    floats y = zero + 0.17087277f;
+    y = y * t - 0.82215223f;
+    y = y * t + 1.48851587f;
+    y = y * t - 1.13520398f;
+    y = y * t + 0.27886807f;
+    y = y * t - 0.18628806f;
+    y = y * t + 0.09678418f;
+    y = y * t + 0.37409196f;
+    y = y * t + 1.00002368f;
+    floats tail = 0.5f * t * exponential(y * t - 1.26551223f) * *bell;
+    return (floats)(((ints)tail & negative) | ((ints)(1.0f - tail) & ~negative));
+}
+
+/* GELU (Hendrycks & Gimpel 2016): x times the normal distribution function. */
+void gelu(int64_t rows, int64_t n, int64_t threads, const float *x, float *y) {
+    ROWS
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t i = row * n; i < (row + 1) * n; i += 16) {
+            int64_t left = (row + 1) * n - i, count = left < 16 ? left : 16;
+            floats a = some(x + i, count), bell;
+            put(y + i, a * normal_cdf(a, &bell), count);
+        }
+}
+
+void gelu_backward(int64_t rows, int64_t n, int64_t threads, const float *gradient, const float *x,
+                   float *by_x) {
+    ROWS
+    for (int64_t row = 0; row < rows; row++)
+        for (int64_t i = row * n; i < (row + 1) * n; i += 16) {
+            int64_t left = (row + 1) * n - i, count = left < 16 ? left : 16;
+            floats a = some(x + i, count), bell, below = normal_cdf(a, &bell);
+            put(by_x + i, some(gradient + i, count) * (below + 0.39894228f * a * bell), count);
         }
 }
 

@@ -30,6 +30,10 @@ def _library() -> Any:
         # numbers, then pointers (an epsilon between them)
         "swiglu": (3, 2),
         "swiglu_backward": (3, 3),
+        "gelu": (3, 2),
+        "gelu_backward": (3, 3),
+        "gelu_tanh": (3, 2),
+        "gelu_tanh_backward": (3, 3),
         "quick_gelu": (3, 2),
         "quick_gelu_backward": (3, 3),
         "rms_norm_backward": (4, 6),
@@ -47,12 +51,16 @@ def _library() -> Any:
 
 def ready(x: Tensor) -> bool:
     """Whether gradients of `x` may go through C."""
+    return is_exact_on_cpu(x) and _library() is not None
+
+
+def is_exact_on_cpu(x: Tensor) -> bool:
+    """Float32 on a CPU, not to be cast, where roundings other than torch's are allowed."""
     return (
         x.dtype == torch.float32
         and x.device.type == "cpu"
         and native.is_allowed()
         and not torch.is_autocast_enabled("cpu")
-        and _library() is not None
     )
 
 
@@ -65,7 +73,7 @@ class RMSNormInC(torch.autograd.Function):
         n = x.shape[-1]
         y, scale = torch.empty_like(x), torch.empty(x.numel() // n)
         _library().rms_norm(
-            len(scale), n, torch.get_num_threads(), epsilon, *_at(x, weight, scale, y)
+            len(scale), n, torch.get_num_threads(), epsilon, *addresses(x, weight, scale, y)
         )
         ctx.save_for_backward(x, weight, scale)
         return y
@@ -82,7 +90,7 @@ class RMSNormInC(torch.autograd.Function):
             n,
             torch.get_num_threads(),
             PARTS,
-            *_at(gradient, x, weight, scale, by_x, by_weight),
+            *addresses(gradient, x, weight, scale, by_x, by_weight),
         )
         return by_x, by_weight[0], None
 
@@ -95,7 +103,7 @@ class ActivationInC(torch.autograd.Function):
         x = x.contiguous()
         n = x.shape[-1] // parts
         y = torch.empty(*x.shape[:-1], n)
-        getattr(_library(), name)(y.numel() // n, n, torch.get_num_threads(), *_at(x, y))
+        getattr(_library(), name)(y.numel() // n, n, torch.get_num_threads(), *addresses(x, y))
         ctx.save_for_backward(x)
         ctx.name = name
         return y
@@ -108,7 +116,7 @@ class ActivationInC(torch.autograd.Function):
         n = gradient.shape[-1]
         by_x = torch.empty_like(x)
         function = getattr(_library(), f"{ctx.name}_backward")
-        function(gradient.numel() // n, n, torch.get_num_threads(), *_at(gradient, x, by_x))
+        function(gradient.numel() // n, n, torch.get_num_threads(), *addresses(gradient, x, by_x))
         return by_x, None, None
 
 
@@ -126,7 +134,7 @@ class SplitHeadsInC(torch.autograd.Function):
         q = torch.empty(batch, length, heads, width)
         k, v = (torch.empty(batch, length, kv_heads, width) for _ in range(2))
         sizes = (batch, length, heads, kv_heads, width)
-        _library().split_heads(*sizes, torch.get_num_threads(), *_at(rope, qkv, q, k, v))
+        _library().split_heads(*sizes, torch.get_num_threads(), *addresses(rope, qkv, q, k, v))
         ctx.save_for_backward(rope)
         ctx.sizes = sizes
         return q, k, v
@@ -140,10 +148,11 @@ class SplitHeadsInC(torch.autograd.Function):
         strides = (ctypes.c_int64 * 9)(*(s for g in (q, k, v) for s in g.stride()[:3]))
         result = torch.empty(batch, length, (heads + 2 * kv_heads) * width)
         _library().join_heads(
-            *ctx.sizes, torch.get_num_threads(), *_at(rope, q, k, v), strides, *_at(result)
+            *ctx.sizes, torch.get_num_threads(), *addresses(rope, q, k, v), strides, *addresses(result)
         )
         return result, None, None, None
 
 
-def _at(*tensors: Tensor) -> list[int]:
+def addresses(*tensors: Tensor) -> list[int]:
+    """Where the numbers of each tensor are."""
     return [tensor.data_ptr() for tensor in tensors]
