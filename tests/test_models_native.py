@@ -7,9 +7,18 @@ import pytest
 import torch
 
 from chainrule.pipeline import build
-from chainrule.pipeline.models import native, native_steps
+from chainrule.pipeline.models import native, native_attention, native_steps
+from chainrule.pipeline.models.attention import full_attention, visible
 from chainrule.pipeline.models.decoder import Decoder
-from chainrule.pipeline.models.kernels import RMSNorm, quick_gelu, split_heads, swiglu
+from chainrule.pipeline.models.kernels import (
+    Linear,
+    RMSNorm,
+    gelu,
+    gelu_tanh,
+    quick_gelu,
+    split_heads,
+    swiglu,
+)
 from chainrule.pipeline.models.kv_cache import DecoderCursor
 from chainrule.pipeline.models.ragged import RaggedCursor
 from chainrule.pipeline.sampling.int8 import quantise
@@ -210,6 +219,8 @@ def test_kernels_of_training_and_their_gradients(width: int, threads: int) -> No
         (lambda: norm(x[..., ::2]), [x, norm.weight]),
         (lambda: swiglu(x), [x]),
         (lambda: quick_gelu(x), [x]),
+        (lambda: gelu(4 * x), [x]),
+        (lambda: gelu_tanh(4 * x), [x]),
         (lambda: attend(qkv), [qkv]),
     ]
     before = torch.get_num_threads()
@@ -230,6 +241,91 @@ def test_kernels_of_training_and_their_gradients(width: int, threads: int) -> No
                 assert torch.allclose(a, b, atol=1e-5)
     finally:
         torch.set_num_threads(before)
+
+
+ATTENTIONS: dict[str, dict[str, Any]] = {
+    # heads, heads of keys, length, width of a head; what is seen
+    "one block": {"sizes": (4, 4, 32, 16)},
+    "grouped": {"sizes": (6, 2, 70, 32)},
+    "one key head, no whole vectors": {"sizes": (3, 1, 77, 48)},
+    "two inputs": {"sizes": (2, 2, 2, 16)},
+    "window": {"sizes": (4, 2, 130, 64), "window": 40},
+    "window of one": {"sizes": (2, 2, 50, 16), "window": 1},
+    "documents": {"sizes": (2, 1, 100, 32), "documents": True},
+    "documents, window": {"sizes": (4, 4, 100, 16), "documents": True, "window": 17},
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_attention_in_c_and_its_gradients(name: str, threads: int) -> None:
+    """Against torch's in float64; q, k and v stand together, as a decoder has them."""
+    generator = torch.Generator().manual_seed(3)
+    heads, kv_heads, length, width = ATTENTIONS[name]["sizes"]
+    window = ATTENTIONS[name].get("window")
+    documents = None
+    if "documents" in ATTENTIONS[name]:  # of another length in each row
+        documents = (torch.rand(3, length, generator=generator) < 0.1).cumsum(1)
+    shape = (3, length, heads + 2 * kv_heads, width)
+    qkv = (2 * torch.randn(shape, generator=generator)).requires_grad_()
+    direction = torch.randn(3, length, heads, width, generator=generator).transpose(1, 2)
+    direction = direction * (torch.rand(direction.shape[:-1], generator=generator) < 0.8)[..., None]
+
+    def parts(x: torch.Tensor) -> list[torch.Tensor]:
+        return [t.transpose(1, 2) for t in x.split([heads, kv_heads, kv_heads], dim=2)]
+
+    mask = visible(length, window, documents, qkv.device)
+    wanted = torch.nn.functional.scaled_dot_product_attention(
+        *parts(qkv.double()), attn_mask=mask, enable_gqa=True
+    )
+    (slope,) = torch.autograd.grad(wanted, qkv, direction.double())
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with native.allowed():
+            found = full_attention(length, window, documents, 0.0, qkv.device)(0, *parts(qkv))
+        assert "AttentionInC" in str(found.grad_fn)
+        (found_slope,) = torch.autograd.grad(found, qkv, direction)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.allclose(found, wanted.float(), atol=1e-5)
+    assert torch.allclose(found_slope, slope.float(), atol=3e-5, rtol=1e-4)
+
+
+@needs_compiler
+def test_what_attention_in_c_is_not_for() -> None:
+    q = torch.randn(2, 2, 8, 16)
+    with native.allowed():
+        assert native_attention.fits(q, q, 0.0)
+        assert not native_attention.fits(q, q, 0.1)
+        assert not native_attention.fits(q.bfloat16(), q.bfloat16(), 0.0)
+        assert not native_attention.fits(q[..., :8], q[..., :8], 0.0)
+        long = q[:, :, :1].expand(-1, -1, 4000, -1)
+        assert not native_attention.fits(long, long, 0.0)
+        with torch.no_grad():
+            assert not native_attention.fits(q, q, 0.0)
+    assert not native_attention.fits(q, q, 0.0)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_of_training_are_the_same_by_onednn(bias: bool) -> None:
+    torch.manual_seed(0)
+    layer = Linear(40, 24, bias=bias)
+    x = torch.randn(3, 7, 40, requires_grad=True)
+    wanted = layer(x)
+    with native.allowed():
+        found = layer(x)
+        only = layer(x.detach())  # the first layer of a network: no gradient by its input
+    assert ("OneDNN" in str(found.grad_fn)) is torch.backends.mkldnn.is_available()
+    assert torch.allclose(found, wanted, atol=1e-5)
+    direction = torch.randn_like(wanted)
+    inputs = [layer.weight, x, *([layer.bias] if bias else [])]
+    slopes = torch.autograd.grad(wanted, inputs, direction)
+    for a, b in zip(torch.autograd.grad(found, inputs, direction), slopes, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+    (by_weight,) = torch.autograd.grad(only, layer.weight, direction)
+    assert torch.allclose(by_weight, slopes[0], atol=1e-5)
 
 
 @needs_compiler

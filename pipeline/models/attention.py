@@ -88,7 +88,7 @@ def visible(
 def first_seen(
     batch: int, length: int, window: int | None, documents: Tensor | None, device: torch.device
 ) -> Tensor:
-    """`visible` as the first input that each may look at, (B, T): it sees all from there to itself."""
+    """`visible` as the first input that each may look at, (B, T): it sees from there to itself."""
     steps = torch.arange(length, device=device).expand(batch, -1)
     first = torch.zeros_like(steps)
     if documents is not None:

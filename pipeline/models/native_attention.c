@@ -91,16 +91,30 @@ INLINE floats where(ints mask, floats x, floats y) {
 }
 
 INLINE float total(floats x) {
-    float sum = 0;
-    for (int i = 0; i < 16; i++) sum += x[i];
-    return sum;
+    x += __builtin_shuffle(x, (ints){8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});
+    x += __builtin_shuffle(x, (ints){4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11});
+    x += __builtin_shuffle(x, (ints){2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13});
+    return x[0] + x[1];
+}
+
+INLINE float most(floats x) {
+    floats y = __builtin_shuffle(x, (ints){8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});
+    x = where(x > y, x, y);
+    y = __builtin_shuffle(x, (ints){4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11});
+    x = where(x > y, x, y);
+    y = __builtin_shuffle(x, (ints){2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13});
+    x = where(x > y, x, y);
+    return x[0] > x[1] ? x[0] : x[1];
 }
 
 /* Scores to e^(scale score - shift) in columns low..high-1, 0 in the others; what they sum to. */
 INLINE float weigh(float *row, int64_t count, int64_t low, int64_t high, float scale, float shift) {
     const floats zero = {0};
     floats sum = zero;
-    for (int64_t j = 0; j < count; j += 16) {
+    int64_t start = low / 16 * 16, end = UP(high);
+    for (int64_t j = 0; j < start; j += 16) *(floats *)(row + j) = zero;
+    for (int64_t j = end; j < count; j += 16) *(floats *)(row + j) = zero;
+    for (int64_t j = start; j < end; j += 16) {
         floats x = exponential(*(floats *)(row + j) * scale - shift);
         x = where(between(j, low, high), x, zero);
         *(floats *)(row + j) = x;
@@ -110,14 +124,12 @@ INLINE float weigh(float *row, int64_t count, int64_t low, int64_t high, float s
 }
 
 INLINE float greatest(const float *row, int64_t low, int64_t high) {
-    floats most = (floats){0} - INFINITY;
+    floats found = (floats){0} - INFINITY;
     for (int64_t j = low / 16 * 16; j < high; j += 16) {
         floats x = where(between(j, low, high), *(const floats *)(row + j), (floats){0} - INFINITY);
-        most = where(x > most, x, most);
+        found = where(x > found, x, found);
     }
-    float result = -INFINITY;
-    for (int i = 0; i < 16; i++) result = most[i] > result ? most[i] : result;
-    return result;
+    return most(found);
 }
 
 /* Floats that a thread works in. */
@@ -203,7 +215,8 @@ static void backward_unit(sizes n, int64_t batch, int64_t kv, const strides *by,
                 float *w = weights + i * columns, *s = slopes + i * columns;
                 weigh(w, columns, first[t + i] - begin, t + i + 1 - begin, scale, kept[t + i]);
                 floats along = {0};
-                for (int64_t j = 0; j < columns; j += 16)
+                int64_t end = UP(t + i + 1 - begin);
+                for (int64_t j = 0; j < end; j += 16)
                     along += *(floats *)(w + j) * *(floats *)(s + j);
                 float mean = total(along);
                 for (int64_t j = 0; j < columns; j += 16)

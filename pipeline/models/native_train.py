@@ -148,7 +148,11 @@ class SplitHeadsInC(torch.autograd.Function):
         strides = (ctypes.c_int64 * 9)(*(s for g in (q, k, v) for s in g.stride()[:3]))
         result = torch.empty(batch, length, (heads + 2 * kv_heads) * width)
         _library().join_heads(
-            *ctx.sizes, torch.get_num_threads(), *addresses(rope, q, k, v), strides, *addresses(result)
+            *ctx.sizes,
+            torch.get_num_threads(),
+            *addresses(rope, q, k, v),
+            strides,
+            *addresses(result),
         )
         return result, None, None, None
 
