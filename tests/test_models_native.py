@@ -8,7 +8,7 @@ import torch
 
 from chainrule.pipeline import build
 from chainrule.pipeline.models import native, native_attention, native_steps
-from chainrule.pipeline.models.attention import full_attention, visible
+from chainrule.pipeline.models.attention import FullAttention, visible
 from chainrule.pipeline.models.decoder import Decoder
 from chainrule.pipeline.models.kernels import (
     Linear,
@@ -284,7 +284,7 @@ def test_attention_in_c_and_its_gradients(name: str, threads: int) -> None:
     torch.set_num_threads(threads)
     try:
         with native.allowed():
-            found = full_attention(length, window, documents, 0.0, qkv.device)(0, *parts(qkv))
+            found = FullAttention(length, window, documents, 0.0, qkv.device)(0, *parts(qkv))
         assert "AttentionInC" in str(found.grad_fn)
         (found_slope,) = torch.autograd.grad(found, qkv, direction)
     finally:
@@ -293,19 +293,99 @@ def test_attention_in_c_and_its_gradients(name: str, threads: int) -> None:
     assert torch.allclose(found_slope, slope.float(), atol=3e-5, rtol=1e-4)
 
 
+BLOCKS: dict[str, dict[str, Any]] = {
+    "gpt2": {"preset": "gpt2-debug"},
+    "llama": {"preset": "llama-debug", "kv_heads": 1},
+    "mistral": {"preset": "mistral-debug", "window": 5},
+    "falcon": {"preset": "falcon-debug"},
+    "falcon 40b": {"preset": "falcon-debug", "block": "parallel-two-norms", "kv_heads": 2},
+    "imagegpt": {"preset": "imagegpt-debug"},
+}
+
+
+def of_training(name: str, **more: Any) -> tuple[Decoder, torch.Tensor]:
+    """Heads of 16; weights large enough that every part is heard."""
+    model = build(BLOCKS[name], seed=0, layers=2, width=32, heads=2, **more).train()
+    assert isinstance(model, Decoder)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model, torch.randint(60, (3, model.config.context), generator=generator)[:, :40]
+
+
+def blocks_by_hand(value: torch.Tensor) -> int:
+    """How many there are in the graph that gave the value."""
+    found, seen, waiting = 0, set(), [value.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            found += "BlockByHand" in str(node)
+            waiting += [following for following, _ in node.next_functions]
+    return found
+
+
+@needs_compiler
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_block_by_hand_is_the_block(name: str, packed: bool) -> None:
+    model, x = of_training(name, **{"context": 40} if name == "imagegpt" else {})
+    documents = (torch.arange(40) // 7).expand(3, -1) if packed else None
+    weights = dict(model.named_parameters())
+    wanted = model.log_prob(x, documents=documents)
+    slopes = torch.autograd.grad(wanted.mean(), list(weights.values()))
+    with native.allowed():
+        found = model.log_prob(x, documents=documents)
+    assert (blocks_by_hand(wanted), blocks_by_hand(found)) == (0, 2)
+    assert torch.allclose(found, wanted, atol=1e-5)
+    gradients = torch.autograd.grad(found.mean(), list(weights.values()))
+    for (parameter, a), b in zip(zip(weights, gradients, strict=True), slopes, strict=True):
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max() + 1e-8, parameter
+
+
+@needs_compiler
+def test_a_block_that_is_watched_or_drops_out_is_taken_in_parts() -> None:
+    model, x = of_training("llama")
+
+    def by_hand() -> int:
+        with native.allowed():
+            return blocks_by_hand(model(x))
+
+    assert by_hand() == 2
+    first: Any = model.blocks[0]
+    for part in (first.attention, first.attention.qkv, first.mlp_norm):
+        called = []
+        hook = part.register_forward_pre_hook(lambda *_, called=called: called.append(1))
+        assert by_hand() == 1
+        assert called
+        hook.remove()
+    plain, first.mlp.input = first.mlp.input, torch.nn.utils.skip_init(torch.nn.Linear, 1, 1)
+    first.mlp.input.weight = torch.nn.Parameter(plain.weight.detach() + 0)
+    first.mlp.input.bias = None
+    assert by_hand() == 1
+    first.mlp.input = plain
+    with torch.autocast("cpu", torch.bfloat16):
+        assert by_hand() == 0
+    with torch.no_grad():
+        assert by_hand() == 0
+    assert blocks_by_hand(model(x)) == 0
+    for dropout in ("dropout", "attention_dropout"):
+        model, x = of_training("llama", **{dropout: 0.1})
+        assert by_hand() == 0
+
+
 @needs_compiler
 def test_what_attention_in_c_is_not_for() -> None:
-    q = torch.randn(2, 2, 8, 16)
+    x = torch.randn(2, 4)
     with native.allowed():
-        assert native_attention.fits(q, q, 0.0)
-        assert not native_attention.fits(q, q, 0.1)
-        assert not native_attention.fits(q.bfloat16(), q.bfloat16(), 0.0)
-        assert not native_attention.fits(q[..., :8], q[..., :8], 0.0)
-        long = q[:, :, :1].expand(-1, -1, 4000, -1)
-        assert not native_attention.fits(long, long, 0.0)
+        assert native_attention.fits(x, 8, 16, 2)
+        assert not native_attention.fits(x.bfloat16(), 8, 16, 2)
+        assert not native_attention.fits(x, 8, 8, 2)
+        assert not native_attention.fits(x, 4000, 16, 2)
         with torch.no_grad():
-            assert not native_attention.fits(q, q, 0.0)
-    assert not native_attention.fits(q, q, 0.0)
+            assert not native_attention.fits(x, 8, 16, 2)
+    assert not native_attention.fits(x, 8, 16, 2)
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -26,50 +26,59 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q_BHTd, k_BKTd, v_BKTd) -> BHTd: attention over what the caller lets be seen."""
 
 
-def full_attention(
-    length: int, window: int | None, documents: Tensor | None, dropout: float, device: torch.device
-) -> Attend:
+class FullAttention:
     """Attention of all inputs at once: each sees itself and those before it, of its document
-    (`documents` (B, T) integers) and no further back than `window`. Masks are made once, when
-    the first layer asks."""
-    limited = documents is not None or (window is not None and window < length)
-    mask: Tensor | None = None
-    first: Tensor | None = None
-    bias: Tensor | None = None
-    blocks: Any = None
+    (`documents` (B, T) integers) and no further back than `window`. An `Attend`; masks are made
+    once, when the first layer asks."""
 
-    def dense() -> Tensor | None:
-        nonlocal mask
-        if mask is None and limited:
-            mask = visible(length, window, documents, device)
-        return mask
+    def __init__(
+        self,
+        length: int,
+        window: int | None,
+        documents: Tensor | None,
+        dropout: float,
+        device: torch.device,
+    ) -> None:
+        self.length, self.window, self.documents = length, window, documents
+        self.dropout, self.device = dropout, device
+        self.limited = documents is not None or (window is not None and window < length)
+        self._made_mask: Tensor | None = None
+        self._first: Tensor | None = None
+        self._bias: Tensor | None = None
+        self._blocks: Any = None
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        nonlocal bias, blocks, first
-        if limited and flex_fits(q, dropout):
-            if blocks is None:
-                blocks = visible_blocks(length, window, documents, device)
-            return flex_attention(q, k, v, blocks)
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self.limited and flex_fits(q, self.dropout):
+            if self._blocks is None:
+                self._blocks = visible_blocks(self.length, self.window, self.documents, self.device)
+            return flex_attention(q, k, v, self._blocks)
         if attention_is_written_out(q):
-            if bias is None:
-                bias = attention_bias(q, dense())
-            return written_out_attention(q, k, v, bias, dropout)
-        if native_attention.fits(q, k, dropout):
-            if first is None:
-                first = first_seen(len(q), length, window, documents, device)
-            y: Tensor = native_attention.AttentionInC.apply(q, k, v, first)
+            if self._bias is None:
+                self._bias = attention_bias(q, self._mask())
+            return written_out_attention(q, k, v, self._bias, self.dropout)
+        if self.dropout == 0 and native_attention.fits(q, q.shape[2], q.shape[3], k.shape[1]):
+            y: Tensor = native_attention.AttentionInC.apply(q, k, v, self.first(len(q)))
             return y
         return F.scaled_dot_product_attention(
             q,
             k,
             v,
-            attn_mask=dense(),
-            is_causal=not limited,
-            dropout_p=dropout,
+            attn_mask=self._mask(),
+            is_causal=not self.limited,
+            dropout_p=self.dropout,
             enable_gqa=q.shape[1] != k.shape[1],
         )
 
-    return attend
+    def first(self, batch: int) -> Tensor:
+        """The first input that each may look at, (B, T): it sees from there to itself."""
+        if self._first is None:
+            self._first = first_seen(batch, self.length, self.window, self.documents, self.device)
+        return self._first
+
+    def _mask(self) -> Tensor | None:
+        if self._made_mask is None and self.limited:
+            self._made_mask = visible(self.length, self.window, self.documents, self.device)
+        return self._made_mask
 
 
 def visible(
@@ -90,11 +99,11 @@ def first_seen(
 ) -> Tensor:
     """`visible` as the first input that each may look at, (B, T): it sees from there to itself."""
     steps = torch.arange(length, device=device).expand(batch, -1)
-    first = torch.zeros_like(steps)
+    first = torch.zeros(batch, length, dtype=torch.long, device=device)
     if documents is not None:
         new = documents[:, 1:] != documents[:, :-1]
         first[:, 1:] = torch.where(new, steps[:, 1:], 0).cummax(dim=1).values
-    return first if window is None else first.maximum(steps - window + 1)
+    return (first if window is None else first.maximum(steps - window + 1)).contiguous()
 
 
 FLEX_LEAST_WIDTH = 16

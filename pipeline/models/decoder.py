@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from chainrule.pipeline.models import native
-from chainrule.pipeline.models.attention import Attend, full_attention
+from chainrule.pipeline.models import native, native_block
+from chainrule.pipeline.models.attention import Attend, FullAttention
 from chainrule.pipeline.models.contract import Autoregressive, Conditional, Cursor
 from chainrule.pipeline.models.decoder_config import PRESETS, DecoderConfig
 from chainrule.pipeline.models.heads import projection
@@ -128,10 +128,24 @@ class Block(nn.Module):
         self.attention = Attention(config, layer)
         self.mlp_norm = _norm(config) if config.block != "parallel" else None
         self.mlp = MLP(config)
+        self.shape = native_block.Shape(
+            config.heads,
+            config.kv_heads,
+            config.head_width,
+            native_block.NAMES[config.activation],
+            self.parallel,
+            config.norm_epsilon,
+        )
 
     def forward(
         self, x_BTD: Tensor, rope: Tensor | None, attend: Attend, dropout: float = 0.0
     ) -> Tensor:
+        if dropout == 0 and isinstance(attend, FullAttention) and attend.dropout == 0:
+            weights = self._weights() if native_block.fits(x_BTD, self.shape) else None
+            if weights is not None:
+                first = attend.first(len(x_BTD))
+                y: Tensor = native_block.BlockByHand.apply(x_BTD, rope, first, self.shape, *weights)
+                return y
         normed = self.attention_norm(x_BTD)
         attended = _drop(self.attention(normed, rope, attend), dropout)
         if self.parallel:
@@ -141,6 +155,20 @@ class Block(nn.Module):
         x_BTD = x_BTD + attended
         assert self.mlp_norm is not None
         return x_BTD + _drop(self.mlp(self.mlp_norm(x_BTD)), dropout)
+
+    def _weights(self) -> list[Tensor | None] | None:
+        if native_block.is_watched(self.attention) or native_block.is_watched(self.mlp):
+            return None
+        return native_block.weights_of(
+            [
+                self.attention_norm,
+                self.attention.qkv,
+                self.attention.output,
+                self.mlp_norm,
+                self.mlp.input,
+                self.mlp.output,
+            ]
+        )
 
 
 def _drop(x: Tensor, rate: float) -> Tensor:
@@ -295,7 +323,7 @@ class Decoder(Autoregressive):
 
         rope = self.rope(0, length, h)
         attention_dropout = config.attention_dropout if self.training else 0.0
-        attend = full_attention(length, config.window, documents, attention_dropout, x.device)
+        attend = FullAttention(length, config.window, documents, attention_dropout, x.device)
         kept = [h[:, before:]] if keep else []
         for block in self.blocks:
             if self.activation_checkpointing and self.training:

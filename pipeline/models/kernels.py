@@ -116,7 +116,7 @@ def swiglu(gate_and_up: Tensor) -> Tensor:
     if _by_hand():
         y: Tensor
         if ready(gate_and_up):
-            y = ActivationInC.apply(gate_and_up, "swiglu", 2)
+            y = ActivationInC.apply(gate_and_up, "swiglu")
         else:
             y = _SwiGLU.apply(gate_and_up)
         return y
@@ -147,7 +147,7 @@ class _SwiGLU(torch.autograd.Function):
 def gelu(x: Tensor) -> Tensor:
     """Hendrycks & Gimpel 2016, equation 1: x times the normal distribution function."""
     if _by_hand() and ready(x):
-        y: Tensor = ActivationInC.apply(x, "gelu", 1)
+        y: Tensor = ActivationInC.apply(x, "gelu")
         return y
     return F.gelu(x)
 
@@ -155,7 +155,7 @@ def gelu(x: Tensor) -> Tensor:
 def gelu_tanh(x: Tensor) -> Tensor:
     """The same by a tangent, section 2: GPT-2's."""
     if _by_hand() and ready(x):
-        y: Tensor = ActivationInC.apply(x, "gelu_tanh", 1)
+        y: Tensor = ActivationInC.apply(x, "gelu_tanh")
         return y
     return F.gelu(x, approximate="tanh")
 
@@ -163,7 +163,7 @@ def gelu_tanh(x: Tensor) -> Tensor:
 def quick_gelu(x: Tensor) -> Tensor:
     """x * sigmoid(1.702 x): Hendrycks & Gimpel 2016, section 2, as ImageGPT has it."""
     if _by_hand():
-        y: Tensor = ActivationInC.apply(x, "quick_gelu", 1) if ready(x) else _QuickGELU.apply(x)
+        y: Tensor = ActivationInC.apply(x, "quick_gelu") if ready(x) else _QuickGELU.apply(x)
         return y
     return x * torch.sigmoid(1.702 * x)
 
@@ -221,7 +221,7 @@ class _LinearByOneDNN(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _one_dnn(x, weight, bias)
+        return one_dnn(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -230,13 +230,14 @@ class _LinearByOneDNN(torch.autograd.Function):
         by_x, by_weight, by_bias = ctx.needs_input_grad
         rows = gradient.reshape(-1, len(weight))
         return (
-            _one_dnn(gradient, weight.t(), None) if by_x else None,
+            one_dnn(gradient, weight.t(), None) if by_x else None,
             rows.t() @ x.reshape(len(rows), -1) if by_weight else None,
             rows.sum(0) if by_bias else None,
         )
 
 
-def _one_dnn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def one_dnn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b; the weight may be a transposed view."""
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return y
 

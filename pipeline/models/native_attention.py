@@ -36,42 +36,77 @@ def _library() -> Any:
     return library
 
 
-def fits(q: Tensor, k: Tensor, dropout: float) -> bool:
-    """Whether attention of q (B, H, T, d) and k (B, K, T, d) goes through C when training."""
+def fits(x: Tensor, length: int, width: int, kv_heads: int) -> bool:
+    """Whether attention goes through C when training: of what is like x (B, ...), so many inputs,
+    heads so wide, so many heads of keys."""
     return (
         torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and dropout == 0
-        and q.shape[3] % 16 == 0
-        and q.shape[2] <= LONGEST
-        and k.shape[0] * k.shape[1] >= torch.get_num_threads()  # each takes whole ones
-        and is_exact_on_cpu(q)
+        and width % 16 == 0
+        and length <= LONGEST
+        and len(x) * kv_heads >= torch.get_num_threads()  # each takes whole ones
+        and is_exact_on_cpu(x)
         and _library() is not None
     )
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T / sqrt(d)) v, (B, H, T, d), and the logarithms of its sums, (B, H, T).
+
+    q (B, H, T, d), k and v (B, K, T, d), the last of stride 1; query t of a row sees the keys
+    first[t] to t, `first` (B, T) int64, contiguous, never falling.
+    """
+    batch, heads, length, width = q.shape
+    y = torch.empty(batch, length, heads, width).transpose(1, 2)
+    logs = torch.empty(batch, heads, length)
+    threads, room = _room(length, width)
+    _library().attention(
+        batch,
+        heads,
+        k.shape[1],
+        length,
+        width,
+        threads,
+        _strides(q, k, v, y),
+        *addresses(q, k, v, first, y, logs, room),
+    )
+    return y, logs
+
+
+def attention_backward(
+    q: Tensor, k: Tensor, v: Tensor, first: Tensor, logs: Tensor, gradient: Tensor
+) -> Tensor:
+    """The gradients by q, k and v side by side: (B, T, H + 2K, d), contiguous."""
+    batch, heads, length, width = q.shape
+    kv_heads = k.shape[1]
+    together = torch.empty(batch, length, heads + 2 * kv_heads, width)
+    by_q, by_k, by_v = split(together, heads, kv_heads)
+    threads, room = _room(length, width)
+    _library().attention_backward(
+        batch,
+        heads,
+        kv_heads,
+        length,
+        width,
+        threads,
+        _strides(q, k, v, gradient, by_q, by_k, by_v),
+        *addresses(q, k, v, first, logs, gradient, by_q, by_k, by_v, room),
+    )
+    return together
+
+
+def split(qkv: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, ...]:
+    """(B, T, H + 2K, d) as q (B, H, T, d), k and v (B, K, T, d)."""
+    return qkv.transpose(1, 2).split([heads, kv_heads, kv_heads], dim=1)
+
+
 class AttentionInC(torch.autograd.Function):
-    """softmax(q k^T / sqrt(d)) v, of q (B, H, T, d), k and v (B, K, T, d): query t of a row sees
-    the keys first[t] to t, `first` (B, T) int64 never falling."""
+    """`attention` with its gradients, of tensors with any strides."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, first: Tensor) -> Tensor:
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-        first = first.contiguous()
-        batch, heads, length, width = q.shape
-        y = torch.empty(batch, length, heads, width).transpose(1, 2)
-        logs = torch.empty(batch, heads, length)
-        threads, room = _room(length, width)
-        _library().attention(
-            batch,
-            heads,
-            k.shape[1],
-            length,
-            width,
-            threads,
-            _strides(q, k, v, y),
-            *addresses(q, k, v, first, y, logs, room),
-        )
+        y, logs = attention(q, k, v, first)
         ctx.save_for_backward(q, k, v, first, logs)
         return y
 
@@ -81,21 +116,8 @@ class AttentionInC(torch.autograd.Function):
         q, k, v, first, logs = ctx.saved_tensors
         if gradient.stride(-1) != 1:
             gradient = gradient.contiguous()
-        batch, heads, length, width = q.shape
-        kv_heads = k.shape[1]
-        together = torch.empty(batch, length, heads + 2 * kv_heads, width).transpose(1, 2)
-        by_q, by_k, by_v = together.split([heads, kv_heads, kv_heads], dim=1)
-        threads, room = _room(length, width)
-        _library().attention_backward(
-            batch,
-            heads,
-            kv_heads,
-            length,
-            width,
-            threads,
-            _strides(q, k, v, gradient, by_q, by_k, by_v),
-            *addresses(q, k, v, first, logs, gradient, by_q, by_k, by_v, room),
-        )
+        together = attention_backward(q, k, v, first, logs, gradient)
+        by_q, by_k, by_v = split(together, q.shape[1], k.shape[1])
         return by_q, by_k, by_v, None
 
 
