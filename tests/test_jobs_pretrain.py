@@ -258,8 +258,11 @@ def test_another_strategy_goes_on_within_a_ten_thousandth(tmp_path, text, uninte
         of_ours, of_theirs = (dict(end.tensors(kind)) for end in ends if end is not None)
         assert of_ours.keys() == of_theirs.keys()
         for name, value in of_ours.items():
-            # By norm: the bias of the keys has no gradient but rounding.
-            assert (value - of_theirs[name]).norm() <= 1e-3 * of_theirs[name].norm(), (kind, name)
+            wanted = of_theirs[name]
+            if name.endswith("qkv.bias"):  # that of the keys has no gradient but rounding
+                width = TINY["width"]
+                value[width : 2 * width] = wanted[width : 2 * width] = 0
+            assert (value - wanted).norm() <= 1e-4 * wanted.norm(), (kind, name)
     no_sample_lost(folder)
 
 

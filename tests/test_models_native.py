@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from chainrule.pipeline import build
-from chainrule.pipeline.models import native, native_attention, native_steps
+from chainrule.pipeline.models import kernels, native, native_attention, native_steps
 from chainrule.pipeline.models.attention import FullAttention, visible
 from chainrule.pipeline.models.decoder import Decoder
 from chainrule.pipeline.models.kernels import (
@@ -329,7 +329,11 @@ def blocks_by_hand(value: torch.Tensor) -> int:
 @needs_compiler
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", BLOCKS)
-def test_a_block_by_hand_is_the_block(name: str, packed: bool) -> None:
+def test_a_block_by_hand_is_the_block(
+    name: str, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if packed:  # once with each of the two libraries
+        monkeypatch.setattr(kernels, "MANY", 1)
     model, x = of_training(name, **{"context": 40} if name == "imagegpt" else {})
     documents = (torch.arange(40) // 7).expand(3, -1) if packed else None
     weights = dict(model.named_parameters())
@@ -389,7 +393,10 @@ def test_what_attention_in_c_is_not_for() -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_products_of_training_are_the_same_by_onednn(bias: bool) -> None:
+def test_products_of_training_are_the_same_by_onednn(
+    bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "MANY", 1)
     torch.manual_seed(0)
     layer = Linear(40, 24, bias=bias)
     x = torch.randn(3, 7, 40, requires_grad=True)

@@ -192,7 +192,7 @@ class Linear(nn.Linear):
     FEW_ROWS = 32
 
     def forward(self, x: Tensor) -> Tensor:
-        if _by_hand() and is_exact_on_cpu(x) and torch.backends.mkldnn.is_available():
+        if _by_hand() and is_exact_on_cpu(x) and worth_onednn(x, self.weight):
             y: Tensor = _LinearByOneDNN.apply(x, self.weight, self.bias)
             return y
         rows = x.numel() // self.in_features
@@ -221,24 +221,41 @@ class _LinearByOneDNN(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return one_dnn(x, weight, bias)
+        return product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         by_x, by_weight, by_bias = ctx.needs_input_grad
-        rows = gradient.reshape(-1, len(weight))
+        rows = gradient.flatten(0, -2)
         return (
-            one_dnn(gradient, weight.t(), None) if by_x else None,
-            rows.t() @ x.reshape(len(rows), -1) if by_weight else None,
+            product(gradient, weight.t()) if by_x else None,
+            rows.t() @ x.flatten(0, -2) if by_weight else None,
             rows.sum(0) if by_bias else None,
         )
 
 
-def one_dnn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b; the weight may be a transposed view."""
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+MANY = 2**25
+"""Multiplications from which oneDNN's products are worth its longer way to them (40 us)."""
+
+
+def worth_onednn(x: Tensor, weight: Tensor) -> bool:
+    return x.numel() * len(weight) >= MANY and torch.backends.mkldnn.is_available()
+
+
+def product(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, added: Tensor | None = None
+) -> Tensor:
+    """x W^T + bias + added, without a gradient; the weight may be a transposed view."""
+    y: Tensor
+    if not worth_onednn(x, weight):
+        y = F.linear(x, weight, bias)
+        return y if added is None else y.add_(added)
+    if added is None:
+        y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    else:
+        y = torch.ops.mkldnn._linear_pointwise.binary(x, added, weight, bias, "add")
     return y
 
 

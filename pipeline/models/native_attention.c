@@ -213,12 +213,13 @@ static void backward_unit(sizes n, int64_t batch, int64_t kv, const strides *by,
             product(rows, columns, d, given, by[3].time, 1, values + begin, whole, slopes, columns);
             for (int64_t i = 0; i < rows; i++) {
                 float *w = weights + i * columns, *s = slopes + i * columns;
-                weigh(w, columns, first[t + i] - begin, t + i + 1 - begin, scale, kept[t + i]);
+                float sum = weigh(w, columns, first[t + i] - begin, t + i + 1 - begin, scale,
+                                  kept[t + i]);
                 floats along = {0};
                 int64_t end = UP(t + i + 1 - begin);
                 for (int64_t j = 0; j < end; j += 16)
                     along += *(floats *)(w + j) * *(floats *)(s + j);
-                float mean = total(along);
+                float mean = total(along) / sum; /* so that rounding moves no key's bias */
                 for (int64_t j = 0; j < columns; j += 16)
                     *(floats *)(s + j) = *(floats *)(w + j) * (*(floats *)(s + j) - mean) * scale;
             }

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from chainrule.pipeline.models import native_attention, native_train
-from chainrule.pipeline.models.kernels import Linear, RMSNorm, one_dnn
+from chainrule.pipeline.models.kernels import Linear, RMSNorm, product
 
 NAMES = {"gelu": "gelu", "gelu-tanh": "gelu_tanh", "quick-gelu": "quick_gelu", "swiglu": "swiglu"}
 """Activations of decoder_config.py as functions of native_train.c."""
@@ -35,11 +35,8 @@ class Shape:
 
 def fits(x: Tensor, shape: Shape) -> bool:
     """Whether a block of inputs x (B, T, D) may be taken as one."""
-    return (
-        native_attention.fits(x, x.shape[1], shape.head_width, shape.kv_heads)
-        and native_train.ready(x)
-        and torch.backends.mkldnn.is_available()
-    )
+    whole = native_attention.fits(x, x.shape[1], shape.head_width, shape.kv_heads)
+    return whole and native_train.ready(x)
 
 
 def weights_of(parts: list[nn.Module | None]) -> list[Tensor | None] | None:
@@ -84,7 +81,7 @@ class BlockByHand(torch.autograd.Function):
         x = x.contiguous()
         norm, qkv_layer, output, mlp_norm, up, down = _pairs(weights)
         normed, kept = _norm(x, norm, shape.epsilon)
-        qkv = one_dnn(normed, *qkv_layer)
+        qkv = product(normed, *qkv_layer)
         if rope is None:
             whole = qkv.view(*qkv.shape[:2], -1, shape.head_width)
             q, k, v = native_attention.split(whole, shape.heads, shape.kv_heads)
@@ -94,19 +91,19 @@ class BlockByHand(torch.autograd.Function):
             q, k, v = (part.transpose(1, 2) for part in parts)
         y, logs = native_attention.attention(q, k, v, first)
         y = y.transpose(1, 2).flatten(2)
-        middle = _add_to(x, y, output)
+        middle = product(y, *output, added=x)
         if mlp_norm[0] is None:
             mlp_normed, mlp_kept = normed, kept
         else:
             mlp_normed, mlp_kept = _norm(x if shape.parallel else middle, mlp_norm, shape.epsilon)
-        hidden = one_dnn(mlp_normed, *up)
+        hidden = product(mlp_normed, *up)
         active = native_train.activation(hidden, shape.activation)
         ctx.save_for_backward(
             x, rope, first, q, k, v, logs, y, normed, middle, mlp_normed, hidden, active, *kept,
             *mlp_kept, *weights,
         )  # fmt: skip
         ctx.shape, ctx.kept = shape, len(kept)
-        return _add_to(middle, active, down)
+        return product(active, *down, added=middle)
 
     @staticmethod
     @once_differentiable
@@ -175,13 +172,6 @@ def _norm_backward(
     return by
 
 
-def _add_to(x: Tensor, y: Tensor, layer: Pair) -> Tensor:
-    """x + y W^T + b."""
-    weight, bias = layer
-    total: Tensor = torch.ops.mkldnn._linear_pointwise.binary(y, x, weight, bias, "add")
-    return total
-
-
 def _linear_backward(
     gradient: Tensor, x: Tensor, layer: Pair
 ) -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
@@ -189,4 +179,4 @@ def _linear_backward(
     weight, bias = layer
     rows = gradient.flatten(0, 1)
     by_weight = rows.t() @ x.flatten(0, 1)
-    return one_dnn(gradient, weight.t(), None), (by_weight, None if bias is None else rows.sum(0))
+    return product(gradient, weight.t()), (by_weight, None if bias is None else rows.sum(0))
