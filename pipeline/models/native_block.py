@@ -91,7 +91,7 @@ class BlockByHand(torch.autograd.Function):
             q, k, v = (part.transpose(1, 2) for part in parts)
         y, logs = native_attention.attention(q, k, v, first)
         y = y.transpose(1, 2).flatten(2)
-        middle = product(y, *output, x)
+        middle = product(y, output[0], output[1], x)
         if mlp_norm[0] is None:
             mlp_normed, mlp_kept = normed, kept
         else:
@@ -103,7 +103,7 @@ class BlockByHand(torch.autograd.Function):
             *mlp_kept, *weights,
         )  # fmt: skip
         ctx.shape, ctx.kept = shape, len(kept)
-        return product(active, *down, middle)
+        return product(active, down[0], down[1], middle)
 
     @staticmethod
     @once_differentiable

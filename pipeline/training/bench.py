@@ -25,6 +25,7 @@ import torch
 from chainrule.pipeline.data.batches import Batch, Loader, mixture_of
 from chainrule.pipeline.data.tokens import TokenSet
 from chainrule.pipeline.devices import synchronise
+from chainrule.pipeline.models import native
 from chainrule.pipeline.models.contract import Autoregressive
 from chainrule.pipeline.models.registry import build
 from chainrule.pipeline.stage import Stage
@@ -207,7 +208,11 @@ def bare_step(
     parameters = list(model.parameters())
 
     def step() -> float:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        # The same kernels as in training: what differs is the loop alone.
+        with (
+            native.allowed(),
+            torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"),
+        ):
             loss = -model(batch.x).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
