@@ -327,6 +327,7 @@ def one_of_each():
         yield f"wav {bits}", model, Adapter(tokenizer), ("00001.wav", recording)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("contract", [{}, GPU], ids=["here", "gpu"])
 def test_the_container_of_one_file_is_the_models_bits_and_64_bytes(tmp_path, contract):
     path = tmp_path / "one.cr"
@@ -494,6 +495,7 @@ def signed(body: bytes) -> bytes:
     return body + hashlib.sha256(body).digest()[: container.CHECKSUM]
 
 
+@pytest.mark.slow
 def test_damage_under_a_right_checksum_is_refused_or_harmless(tmp_path):
     """Header, digest and streams changed by someone who can compute a checksum."""
     model, adapter = bytes_model()

@@ -41,6 +41,7 @@ def adversarial(number: int) -> list[bytes]:
     return fixed + made
 
 
+@pytest.mark.slow
 def test_ten_thousand_inputs_are_coded_and_come_back(model):
     inputs = adversarial(10_000)
     items = [np.frombuffer(data, dtype=np.uint8).astype(np.int64) for data in inputs]

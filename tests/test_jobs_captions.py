@@ -361,6 +361,7 @@ def levels_of(store: Store) -> np.ndarray:
     return store.read("images").reshape(store.number, -1).mean(axis=1)
 
 
+@pytest.mark.slow
 def test_samples_are_what_their_captions_say(finished: Path) -> None:
     store = Store.open(finished / "samples")
     asked = store.read("caption")
@@ -374,6 +375,7 @@ def test_samples_are_what_their_captions_say(finished: Path) -> None:
     assert len(sheets) == 3
 
 
+@pytest.mark.slow
 def test_the_likelihood_is_given_the_caption(finished: Path) -> None:
     figures = json.loads((finished / "evaluation" / "evaluation.json").read_text())
     said = json.dumps(figures)
@@ -421,6 +423,7 @@ def _leaves(figures: Any) -> list[tuple[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 def test_a_prompt_on_the_command_line_is_a_caption(
     finished: Path, tmp_path: Path, run: Run
 ) -> None:
@@ -445,6 +448,7 @@ def test_a_prompt_on_the_command_line_is_a_caption(
         assert not refused.exists()
 
 
+@pytest.mark.slow
 def test_plan_knows_captions(finished: Path) -> None:
     """Their tokens are inputs, of the cache and of the work an element. (Before anything has run:
     the fixture.)"""
@@ -460,6 +464,7 @@ def test_plan_knows_captions(finished: Path) -> None:
     assert flops_per_element(source.model) > 1.2 * flops_per_element(without)
 
 
+@pytest.mark.slow
 def test_completed_pictures_keep_their_captions(finished: Path, tmp_path: Path) -> None:
     config = SampleConfig.model_validate({"number": 6, "complete": {"share": 0.25, "of": 6}})
     inputs = {
@@ -476,6 +481,7 @@ def test_completed_pictures_keep_their_captions(finished: Path, tmp_path: Path) 
     assert levels_of(Store.open(tmp_path / "out")) == pytest.approx(wanted, abs=30)
 
 
+@pytest.mark.slow
 def test_a_draft_learns_what_captions_mean(finished: Path, tmp_path: Path) -> None:
     inputs = {
         "model": [Artifact.open(finished / "model")],
@@ -503,6 +509,7 @@ def test_a_draft_learns_what_captions_mean(finished: Path, tmp_path: Path) -> No
         open_draft(given, source, Artifact.bare(tmp_path / "plain"))
 
 
+@pytest.mark.slow
 def test_captions_of_another_tokenizer_are_refused(
     finished: Path, stages: dict[str, Artifact]
 ) -> None:
@@ -517,6 +524,7 @@ def test_captions_of_another_tokenizer_are_refused(
         require_tokenizers(source, longer, "the model")
 
 
+@pytest.mark.slow
 def test_raw_pictures_are_scored_given_their_captions(finished: Path, tmp_path: Path) -> None:
     whole = json.loads((finished / "evaluation" / "evaluation.json").read_text())
     folder = evaluate_folder(
@@ -536,6 +544,7 @@ def test_raw_pictures_are_scored_given_their_captions(finished: Path, tmp_path: 
         evaluate_folder(handed, tmp_path / "other", EvaluateConfig(), None, finished / "raw")
 
 
+@pytest.mark.slow
 def test_the_gallery_and_the_report_name_captions(finished: Path, tmp_path: Path, run: Run) -> None:
     page = write_gallery(finished, tmp_path / "gallery.html").read_text()
     assert '"class": "a dark square"' in page or '"class":"a dark square"' in page
@@ -543,6 +552,7 @@ def test_the_gallery_and_the_report_name_captions(finished: Path, tmp_path: Path
     assert "a grey square" in report.read_text()
 
 
+@pytest.mark.slow
 def test_what_a_captioned_model_cannot_do_is_refused(finished: Path, tmp_path: Path) -> None:
     source = open_source(finished / "model", "cpu")
     words = finished / "model" / "tokenizer-captions"

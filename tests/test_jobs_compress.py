@@ -188,6 +188,7 @@ def test_the_model_is_looked_for_where_it_lay_and_nearby(files, tmp_path, monkey
         decompress_file(tmp_path / "away" / "one.cr", None, tmp_path / "never.txt")
 
 
+@pytest.mark.slow
 def test_another_process_decodes_the_same(model_folder, files, tmp_path):
     out = tmp_path / "one.cr"
     compress_files(model_folder, files[3:4], out)

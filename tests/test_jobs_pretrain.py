@@ -173,6 +173,7 @@ def kill_often(
     assert ranks.finish_all(ranks.start(folder, tokens, config, number)) == [0] * number
 
 
+@pytest.mark.slow
 def test_killed_three_times_it_ends_the_same(tmp_path, text, uninterrupted):
     kill_often(tmp_path / "decoder", [text], BASE, 3)
     same_end(tmp_path / "decoder", uninterrupted)

@@ -93,6 +93,7 @@ def test_a_table_through_the_whole_pipeline(family: str, tmp_path: Path) -> None
         joint_vocabulary([tokens, TokenSet.open(made / "tokens")])
 
 
+@pytest.mark.slow
 def test_names_of_columns_go_along(tmp_path: Path) -> None:
     lines = [f"{a!r},{b!r},{c!r}" for a, b, c in rows(300).tolist()]
     (tmp_path / "t.csv").write_text("\n".join(["height,weight,time", *lines]))
