@@ -23,6 +23,7 @@ from chainrule.pipeline.data.arrays import Arrays, Idx, SklearnDigits, SklearnTa
 from chainrule.pipeline.data.audio import AudioFolder
 from chainrule.pipeline.data.captions import tidy
 from chainrule.pipeline.data.images import ImageFolder, Sprites
+from chainrule.pipeline.data.parquet import ParquetImages, ParquetText
 from chainrule.pipeline.data.shards import (
     SPLITS,
     ShardWriter,
@@ -39,6 +40,7 @@ INPUTS: dict[str, Input] = {}
 SourceSettings = Annotated[
     ImageFolder
     | Sprites
+    | ParquetImages
     | SklearnDigits
     | SklearnTable
     | Idx
@@ -46,6 +48,7 @@ SourceSettings = Annotated[
     | Table
     | Text
     | PythonStdlib
+    | ParquetText
     | AudioFolder,
     Field(discriminator="kind"),
 ]

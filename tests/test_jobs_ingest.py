@@ -234,7 +234,7 @@ def test_a_share_that_leaves_nothing_is_said(
 
 def test_parquet_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"PAR1\xff\xfe")
-    with pytest.raises(StageFailed, match="Parquet, which is not read; write it as JSON lines"):
+    with pytest.raises(StageFailed, match="Parquet; that is read by source.kind parquet-text"):
         run(tmp_path / "out", source={"kind": "text", "path": str(tmp_path)}, validation=0)
 
 

@@ -8,6 +8,7 @@ The kinds (`source: {kind: ...}` of an ingest stage) are settings that `open` a 
 
     images.py   image-folder, sprites                   text.py    text, python-stdlib
     arrays.py   sklearn-digits, sklearn-table, idx, arrays, table   audio.py   audio-folder
+    parquet.py  parquet-text, parquet-images
 """
 
 import gzip
@@ -16,6 +17,7 @@ import os
 import re
 import tarfile
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -133,7 +135,7 @@ class Tree:
         if required and not self.ending(required):
             raise SourceError(
                 f"{path}: no files that end in {', '.join(required)}"
-                + (f" (of {len(found)} files)" if found else ": the folder is empty")
+                + (f" (there are {_kinds(found)})" if found else ": the folder is empty")
             )
 
     def ending(self, suffixes: Sequence[str]) -> list[str]:
@@ -153,6 +155,12 @@ class Tree:
                 return file.read(size)
         except OSError as error:
             raise Unreadable(error.strerror or str(error)) from None
+
+
+def _kinds(names: Iterable[str]) -> str:
+    """How many files of which suffix, the three commonest."""
+    counts = Counter(PurePosixPath(name).suffix.lower() or "none" for name in names)
+    return ", ".join(f"{count} of {suffix}" for suffix, count in counts.most_common(3))
 
 
 def tree_files(path: Path, suffixes: Iterable[str]) -> list[Path]:

@@ -198,9 +198,7 @@ def _decode(data: bytes, invalid: str) -> str:
         if invalid == "replace":
             return data.decode("utf-8", errors="replace")
         if data[:4] == b"PAR1":
-            raise Unreadable(
-                "Parquet, which is not read; write it as JSON lines (.jsonl)"
-            ) from None
+            raise Unreadable("Parquet; that is read by source.kind parquet-text") from None
         raise Unreadable(f"not UTF-8 ({error.reason} at byte {error.start})") from None
 
 
