@@ -252,6 +252,7 @@ def train(config: Config, stage: Stage, engine: Engine, stop: StopSignals) -> No
         if run.saved_step == run.step:
             return
         with meter.leaving_out("checkpoint"):
+            ledger.sync()
             tensors, scalars = engine.export()
             state = run.state() | {"engine": scalars, "faults": monitor.state()}
             writer.save(run.step, tensors, state, run.best_step)

@@ -236,6 +236,23 @@ def test_other_numbers_of_ranks_see_the_same_samples(tmp_path, text, uninterrupt
     no_sample_lost(folder)
 
 
+def test_the_ledger_is_on_the_disk_before_the_checkpoint(tmp_path, text, monkeypatch):
+    """What a checkpoint stands on outlives a loss of power."""
+    synced: list[str] = []
+    original = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").resolve().name)
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    run(tmp_path / "decoder", [text], steps=10)
+    ledgers = [at for at, name in enumerate(synced) if name == "rank-0000.ledger"]
+    pointers = [at for at, name in enumerate(synced) if name.startswith(".latest.")]
+    assert len(pointers) == 2  # steps 5 and 10
+    assert ledgers[0] < pointers[0] < ledgers[1] < pointers[1]
+
+
 @pytest.mark.slow
 def test_another_strategy_goes_on_within_a_ten_thousandth(tmp_path, text, uninterrupted):
     """zero1 → zero3 → one process, the last for the 20 steps and more after the second change."""

@@ -121,9 +121,13 @@ class Ledger:
         while data:
             data = data[os.write(self._file, data) :]
 
+    def sync(self) -> None:
+        """Write through to the disk."""
+        os.fsync(self._file)
+
     def close(self) -> None:
         """Write through to the disk and close."""
-        os.fsync(self._file)
+        self.sync()
         os.close(self._file)
 
     def __enter__(self) -> "Ledger":
