@@ -23,6 +23,7 @@ def markov(n: int, seed: int) -> np.ndarray:
     return np.array(symbols[1:], dtype=np.int64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["gpt2-debug", "llama-debug"])
 def test_learning_pays_and_decodes(preset):
     model = build(preset, seed=0, vocabulary_size=20, context=16, layers=1)

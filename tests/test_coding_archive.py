@@ -344,6 +344,7 @@ def test_the_container_of_one_file_is_the_models_bits_and_64_bytes(tmp_path, con
         assert unpack(container.read(path), model, adapter) == [(name, data)]
 
 
+@pytest.mark.slow
 def test_a_container_of_many_files_adds_a_few_bytes_to_each(tmp_path):
     pictures = [(f"{i:08d}.png", png(walk(64, i).reshape(8, 8))) for i in range(300)]
     recordings = [(f"{i:08d}.txt", walk(300 + i, i).tobytes()) for i in range(300)]

@@ -24,6 +24,7 @@ TEXT = {
 PICTURES = "vqgan-imagenet256"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "millions"), [*((n, m) for n, (_, m) in TEXT.items()), (PICTURES, 342.9)]
 )

@@ -134,6 +134,7 @@ IMAGE_MODELS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", IMAGE_MODELS)
 def test_containers_of_image_models_are_their_bits_and_64_bytes(preset, tmp_path):
     """One picture alone, and many: bytes on disk, the name of each counted beside."""
@@ -164,6 +165,7 @@ def test_the_container_of_one_text_is_its_bits_and_64_bytes(model_folder, files,
         assert container.read(out).header.folder in ("", str(model_folder))
 
 
+@pytest.mark.slow
 def test_the_model_is_looked_for_where_it_lay_and_nearby(files, tmp_path, monkeypatch):
     """The hint is kept where there is room; a small container finds its model by fingerprint."""
     home = tmp_path / "home"
@@ -282,6 +284,7 @@ def test_names_that_lead_elsewhere_are_refused(model_folder, tmp_path, name):
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
 
+@pytest.mark.slow
 def test_settings_of_compress_are_obeyed_or_refused(model_folder, files, tmp_path, run):
     out, back = tmp_path / "one.cr", tmp_path / "back"
     given = ("compress", model_folder, files[3], "-o", out)
@@ -312,6 +315,7 @@ def test_settings_of_compress_are_obeyed_or_refused(model_folder, files, tmp_pat
     assert (back / "prose.txt").read_bytes() == files[3].read_bytes()
 
 
+@pytest.mark.slow
 def test_the_device_is_the_containers_unless_another_is_asked_for(
     model_folder, files, tmp_path, monkeypatch
 ):

@@ -77,6 +77,7 @@ def same_end(folder: Path, other: Path) -> None:
     assert ends[0].state == ends[1].state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("validation", [2, 4])
 @pytest.mark.parametrize("how", ["signal", "kill"])
 def test_a_validation_that_was_cut_off_is_made_again(
@@ -428,6 +429,7 @@ def test_faults_before_the_first_checkpoint_end_the_stage(tmp_path, text, monkey
         run(tmp_path / "decoder", [text], faults={"consecutive": 2})
 
 
+@pytest.mark.slow
 def test_checkpoints_that_take_long_are_said_to_once(tmp_path, text, caplog, monkeypatch):
     export = Engine.export
 

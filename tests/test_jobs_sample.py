@@ -163,6 +163,7 @@ def test_sample_17_is_the_same_however_it_is_drawn(pictures: Path, tmp_path: Pat
     assert (one != other).any(axis=(1, 2)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(native_steps.load() is None, reason="no C compiler here")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("preset", ["gpt2-debug", "mistral-debug"])

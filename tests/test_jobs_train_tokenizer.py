@@ -297,6 +297,7 @@ def test_a_step_without_a_finite_loss_changes_nothing_and_is_counted(
         assert trainer.in_a_row == 0
 
 
+@pytest.mark.slow
 def test_a_vqgan_with_a_spoilt_step_goes_on_and_resumes(
     digits: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -307,6 +307,7 @@ def test_every_config_is_planned(path: Path, tmp_path: Path) -> None:
     json.dumps(plans)
 
 
+@pytest.mark.slow
 def test_plans_know_the_tokens_before_they_are_made(pipeline_file: Path) -> None:
     plans = {found["stage"]: found for found in plan(load_pipeline(pipeline_file), gpu="h100")}
     decoder = plans["decoder"]
@@ -329,6 +330,7 @@ def test_plans_know_the_tokens_before_they_are_made(pipeline_file: Path) -> None
     assert "zero3, activation checkpointing" in text(list(plans.values()))
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_gets_the_smallest_change_that_would(pipeline_file: Path) -> None:
     overrides = ["decoder.engine={strategy: ddp}", "decoder.resources.gpu_type=a100-40"]
     [decoder] = [

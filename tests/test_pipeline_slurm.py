@@ -497,6 +497,7 @@ def test_a_forced_stage_begins_anew_under_one_open_run(
     assert open_run(pipeline) == run  # the same, until it is ended
 
 
+@pytest.mark.slow
 def test_a_forced_stage_that_is_requeued_is_not_taken_for_done(pipeline_file: Path) -> None:
     from chainrule.pipeline.stage_run import run_here
 

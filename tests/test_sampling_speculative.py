@@ -255,6 +255,7 @@ def test_samples_follow_the_exact_distribution(filters: str) -> None:
     assert_distributed(drawn.x, exact_pmf(model, 3, 5, rules))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
 @pytest.mark.parametrize("filters", ["plain", "temperature", "top_p"])
 def test_guided_samples_follow_the_exact_distribution(filters: str, schedule: str) -> None:

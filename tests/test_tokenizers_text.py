@@ -64,6 +64,7 @@ def test_tricky_strings_come_back(
         assert tokenizer.decode([tokens]) == [text]
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.text(max_size=40), max_size=4))
 def test_every_string_comes_back(texts: list[str]) -> None:

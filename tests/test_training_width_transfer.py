@@ -30,6 +30,7 @@ def change(width: int, base_width: int | None) -> float:
     return float((after - before).pow(2).mean().sqrt())
 
 
+@pytest.mark.slow
 def test_coordinates_move_alike_at_every_width() -> None:
     scaled = [change(width, WIDTHS[0]) for width in WIDTHS]
     plain = [change(width, None) for width in WIDTHS]
