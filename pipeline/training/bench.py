@@ -264,8 +264,10 @@ def transformers_step(
 
 
 def take_turns(steps: dict[str, Step], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each contestant in each round, after two rounds of warm-up. Every second round goes
-    the other way about: who comes after a large one finds its memory gone from the caches."""
+    """Seconds of each contestant in each round, after two rounds of warm-up.
+
+    Every second round goes the other way about: who comes after a large one finds the caches empty.
+    """
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(rounds + 2):
         for name, step in list(steps.items())[:: 1 if turn % 2 else -1]:
