@@ -14,6 +14,11 @@
 #define QUERIES 32
 #define UP(N) (((N) + 15) / 16 * 16)
 #define UNROLLED _Pragma("GCC unroll 4")
+#ifdef __clang__
+#define SHUFFLED(X, ...) __builtin_shufflevector(X, X, __VA_ARGS__)
+#else
+#define SHUFFLED(X, ...) __builtin_shuffle(X, (ints){__VA_ARGS__})
+#endif
 #ifdef __AVX512F__
 #define WIDEST 4
 #else
@@ -91,18 +96,18 @@ INLINE floats where(ints mask, floats x, floats y) {
 }
 
 INLINE float total(floats x) {
-    x += __builtin_shuffle(x, (ints){8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});
-    x += __builtin_shuffle(x, (ints){4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11});
-    x += __builtin_shuffle(x, (ints){2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13});
+    x += SHUFFLED(x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    x += SHUFFLED(x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    x += SHUFFLED(x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
     return x[0] + x[1];
 }
 
 INLINE float most(floats x) {
-    floats y = __builtin_shuffle(x, (ints){8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7});
+    floats y = SHUFFLED(x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
     x = where(x > y, x, y);
-    y = __builtin_shuffle(x, (ints){4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11});
+    y = SHUFFLED(x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
     x = where(x > y, x, y);
-    y = __builtin_shuffle(x, (ints){2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13});
+    y = SHUFFLED(x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
     x = where(x > y, x, y);
     return x[0] > x[1] ? x[0] : x[1];
 }
