@@ -132,7 +132,7 @@ class Block(nn.Module):
             config.heads,
             config.kv_heads,
             config.head_width,
-            native_block.NAMES[config.activation],
+            config.activation.replace("-", "_"),
             self.parallel,
             config.norm_epsilon,
         )

@@ -17,9 +17,6 @@ from torch.autograd.function import once_differentiable
 from chainrule.pipeline.models import native_attention, native_train
 from chainrule.pipeline.models.kernels import Linear, RMSNorm, product
 
-NAMES = {"gelu": "gelu", "gelu-tanh": "gelu_tanh", "quick-gelu": "quick_gelu", "swiglu": "swiglu"}
-"""Activations of decoder_config.py as functions of native_train.c."""
-
 
 @dataclass(frozen=True)
 class Shape:
@@ -29,6 +26,7 @@ class Shape:
     kv_heads: int
     head_width: int
     activation: str
+    """A function of native_train.c."""
     parallel: bool
     epsilon: float
 

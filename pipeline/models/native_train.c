@@ -97,54 +97,51 @@ void swiglu_backward(int64_t rows, int64_t n, int64_t threads, const float *grad
     }
 }
 
+/* i goes over the sixteens of every row; LEFT of them are there. */
+#define SIXTEENS                                                                                   \
+    ROWS for (int64_t row = 0; row < rows; row++) for (int64_t i = row * n; i < (row + 1) * n; i += 16)
+#define LEFT ((row + 1) * n - i < 16 ? (row + 1) * n - i : 16)
+
 /* x, y (rows, n): y = x / (1 + e^(-1.702 x)). */
 void quick_gelu(int64_t rows, int64_t n, int64_t threads, const float *x, float *y) {
-    ROWS
-    for (int64_t row = 0; row < rows; row++)
-        for (int64_t i = row * n; i < (row + 1) * n; i += 16) {
-            int64_t left = (row + 1) * n - i, count = left < 16 ? left : 16;
-            floats a = some(x + i, count);
-            put(y + i, a / (1.0f + exponential(-1.702f * a)), count);
-        }
+    SIXTEENS {
+        int64_t count = LEFT;
+        floats a = some(x + i, count);
+        put(y + i, a / (1.0f + exponential(-1.702f * a)), count);
+    }
 }
 
 void quick_gelu_backward(int64_t rows, int64_t n, int64_t threads, const float *gradient,
                          const float *x, float *by_x) {
-    ROWS
-    for (int64_t row = 0; row < rows; row++)
-        for (int64_t i = row * n; i < (row + 1) * n; i += 16) {
-            int64_t left = (row + 1) * n - i, count = left < 16 ? left : 16;
-            floats a = some(x + i, count), open = 1.0f / (1.0f + exponential(-1.702f * a));
-            put(by_x + i, some(gradient + i, count) * open * (1.0f + 1.702f * a * (1.0f - open)),
-                count);
-        }
+    SIXTEENS {
+        int64_t count = LEFT;
+        floats a = some(x + i, count), open = 1.0f / (1.0f + exponential(-1.702f * a));
+        put(by_x + i, some(gradient + i, count) * open * (1.0f + 1.702f * a * (1.0f - open)),
+            count);
+    }
 }
 
 /* GELU by the tangent (GPT-2's): x / (1 + e^(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3). */
 #define TANGENT 1.5957691216f /* 2 sqrt(2/pi) */
 
 void gelu_tanh(int64_t rows, int64_t n, int64_t threads, const float *x, float *y) {
-    ROWS
-    for (int64_t row = 0; row < rows; row++)
-        for (int64_t i = row * n; i < (row + 1) * n; i += 16) {
-            int64_t left = (row + 1) * n - i, count = left < 16 ? left : 16;
-            floats a = some(x + i, count), twice = TANGENT * a * (1.0f + 0.044715f * a * a);
-            put(y + i, a / (1.0f + exponential(-twice)), count);
-        }
+    SIXTEENS {
+        int64_t count = LEFT;
+        floats a = some(x + i, count), twice = TANGENT * a * (1.0f + 0.044715f * a * a);
+        put(y + i, a / (1.0f + exponential(-twice)), count);
+    }
 }
 
 void gelu_tanh_backward(int64_t rows, int64_t n, int64_t threads, const float *gradient,
                         const float *x, float *by_x) {
-    ROWS
-    for (int64_t row = 0; row < rows; row++)
-        for (int64_t i = row * n; i < (row + 1) * n; i += 16) {
-            int64_t left = (row + 1) * n - i, count = left < 16 ? left : 16;
-            floats a = some(x + i, count), square = a * a;
-            floats open = 1.0f / (1.0f + exponential(-TANGENT * a * (1.0f + 0.044715f * square)));
-            floats slope = TANGENT * (1.0f + 0.134145f * square);
-            put(by_x + i, some(gradient + i, count) * open * (1.0f + a * slope * (1.0f - open)),
-                count);
-        }
+    SIXTEENS {
+        int64_t count = LEFT;
+        floats a = some(x + i, count), square = a * a;
+        floats open = 1.0f / (1.0f + exponential(-TANGENT * a * (1.0f + 0.044715f * square)));
+        floats slope = TANGENT * (1.0f + 0.134145f * square);
+        put(by_x + i, some(gradient + i, count) * open * (1.0f + a * slope * (1.0f - open)),
+            count);
+    }
 }
 
 /* The normal distribution function, and e^(-x^2/2), within 1.2e-7 of their size: Press et al., Numerical
@@ -169,24 +166,20 @@ INLINE floats normal_cdf(floats x, floats *bell) {
 
 /* GELU (Hendrycks & Gimpel 2016): x times the normal distribution function. */
 void gelu(int64_t rows, int64_t n, int64_t threads, const float *x, float *y) {
-    ROWS
-    for (int64_t row = 0; row < rows; row++)
-        for (int64_t i = row * n; i < (row + 1) * n; i += 16) {
-            int64_t left = (row + 1) * n - i, count = left < 16 ? left : 16;
-            floats a = some(x + i, count), bell;
-            put(y + i, a * normal_cdf(a, &bell), count);
-        }
+    SIXTEENS {
+        int64_t count = LEFT;
+        floats a = some(x + i, count), bell;
+        put(y + i, a * normal_cdf(a, &bell), count);
+    }
 }
 
 void gelu_backward(int64_t rows, int64_t n, int64_t threads, const float *gradient, const float *x,
                    float *by_x) {
-    ROWS
-    for (int64_t row = 0; row < rows; row++)
-        for (int64_t i = row * n; i < (row + 1) * n; i += 16) {
-            int64_t left = (row + 1) * n - i, count = left < 16 ? left : 16;
-            floats a = some(x + i, count), bell, below = normal_cdf(a, &bell);
-            put(by_x + i, some(gradient + i, count) * (below + 0.39894228f * a * bell), count);
-        }
+    SIXTEENS {
+        int64_t count = LEFT;
+        floats a = some(x + i, count), bell, below = normal_cdf(a, &bell);
+        put(by_x + i, some(gradient + i, count) * (below + 0.39894228f * a * bell), count);
+    }
 }
 
 /* Heads of d numbers, turned by the angles of their position, forth (+1) or back (-1): rope is
