@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from chainrule.pipeline.models import native_product
 from chainrule.pipeline.models.native_train import (
     ActivationInC,
     RMSNormInC,
     SplitHeadsInC,
-    is_exact_on_cpu,
     ready,
 )
 
@@ -186,14 +186,14 @@ class _QuickGELU(torch.autograd.Function):
 
 
 class Linear(nn.Linear):
-    """nn.Linear; on a CPU, training in float32 goes through oneDNN's products, and in bf16 a few
+    """nn.Linear; on a CPU, training in float32 goes through products in C, and in bf16 a few
     rows (a step of generation) through those that are 1.5 to 2 times as fast at it."""
 
     FEW_ROWS = 32
 
     def forward(self, x: Tensor) -> Tensor:
-        if _by_hand() and is_exact_on_cpu(x) and worth_onednn(x, self.weight):
-            y: Tensor = _LinearByOneDNN.apply(x, self.weight, self.bias)
+        if _by_hand() and native_product.ready(x, self.weight):
+            y: Tensor = native_product.LinearInC.apply(x, self.weight, self.bias)
             return y
         rows = x.numel() // self.in_features
         if (
@@ -212,51 +212,6 @@ class Linear(nn.Linear):
         if self.bias is not None:
             y = y + self.bias
         return y.view(*x.shape[:-1], -1)
-
-
-class _LinearByOneDNN(torch.autograd.Function):
-    """x W^T + b of x (..., n), W (m, n). torch's own products are MKL's, which on AMD's processors
-    take 1.1 to 1.3 times as long as oneDNN's, except for the gradient by W, a long sum."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return product(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        by_x, by_weight, by_bias = ctx.needs_input_grad
-        rows = gradient.flatten(0, -2)
-        return (
-            product(gradient, weight.t()) if by_x else None,
-            rows.t() @ x.flatten(0, -2) if by_weight else None,
-            rows.sum(0) if by_bias else None,
-        )
-
-
-MANY = 2**25
-"""Multiplications from which oneDNN's products are worth its longer way to them (40 us)."""
-
-
-def worth_onednn(x: Tensor, weight: Tensor) -> bool:
-    return x.numel() * len(weight) >= MANY and torch.backends.mkldnn.is_available()
-
-
-def product(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, added: Tensor | None = None
-) -> Tensor:
-    """x W^T + bias + added, without a gradient; the weight may be a transposed view."""
-    y: Tensor
-    if not worth_onednn(x, weight):
-        y = F.linear(x, weight, bias)
-        return y if added is None else y.add_(added)
-    if added is None:
-        y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    else:
-        y = torch.ops.mkldnn._linear_pointwise.binary(x, added, weight, bias, "add")
-    return y
 
 
 def _by_hand() -> bool:

@@ -19,6 +19,10 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 _allowed: ContextVar[bool] = ContextVar("native", default=False)
 
@@ -40,6 +44,35 @@ def is_allowed() -> bool:
 def twice() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """For `checkpoint`: what is recomputed in a backward pass goes the way it went before."""
     return nullcontext(), allowed() if is_allowed() else nullcontext()
+
+
+def is_exact_on_cpu(x: Tensor) -> bool:
+    """Float32 on a CPU, not to be cast, where roundings other than torch's are allowed."""
+    return (
+        x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and is_allowed()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def addresses(*tensors: Tensor | None) -> list[int | None]:
+    """Where the numbers of each tensor are."""
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def functions(source: Path, signatures: dict[str, str]) -> Any:
+    """A source's functions by name, None without a compiler. A signature has a letter an argument:
+    n an int64, d a double, p an address; "nn->n" gives a number back, the others nothing."""
+    library: Any = load(source)
+    if library is not None:
+        kinds = {"n": ctypes.c_int64, "d": ctypes.c_double, "p": ctypes.c_void_p}
+        for name, signature in signatures.items():
+            arguments, _, result = signature.replace(" ", "").partition("->")
+            function = getattr(library, name)
+            function.argtypes = [kinds[letter] for letter in arguments]
+            function.restype = kinds[result] if result else None
+    return library
 
 
 def load(source: Path) -> ctypes.CDLL | None:

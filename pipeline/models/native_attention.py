@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from chainrule.pipeline.models import native
-from chainrule.pipeline.models.native_train import addresses, is_exact_on_cpu
+from chainrule.pipeline.models.native import addresses, is_exact_on_cpu
 
 SOURCE = Path(__file__).with_suffix(".c")
 LONGEST = 2048
@@ -23,17 +23,14 @@ LONGEST = 2048
 
 @cache
 def _library() -> Any:
-    library: Any = native.load(SOURCE)
-    if library is None:
-        return None
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    for name, pointers in {"attention": 8, "attention_backward": 11}.items():
-        function = getattr(library, name)
-        function.argtypes = [number] * 6 + [pointer] * pointers
-        function.restype = None
-    library.scratch.argtypes = [number] * 2
-    library.scratch.restype = number
-    return library
+    return native.functions(
+        SOURCE,
+        {
+            "attention": "nnnnnn p pppppp p",
+            "attention_backward": "nnnnnn p ppppppppp p",
+            "scratch": "nn->n",
+        },
+    )
 
 
 def fits(x: Tensor, length: int, width: int, kv_heads: int) -> bool:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from chainrule.pipeline.models import native_attention, native_train
-from chainrule.pipeline.models.kernels import Linear, RMSNorm, product
+from chainrule.pipeline.models import native_attention, native_product, native_train
+from chainrule.pipeline.models.kernels import Linear, RMSNorm
+from chainrule.pipeline.models.native_product import linear, linear_backward
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Shape:
 def fits(x: Tensor, shape: Shape) -> bool:
     """Whether a block of inputs x (B, T, D) may be taken as one."""
     whole = native_attention.fits(x, x.shape[1], shape.head_width, shape.kv_heads)
-    return whole and native_train.ready(x)
+    return whole and native_train.ready(x) and native_product.ready(x, x)
 
 
 def weights_of(parts: list[nn.Module | None]) -> list[Tensor | None] | None:
@@ -79,7 +80,7 @@ class BlockByHand(torch.autograd.Function):
         x = x.contiguous()
         norm, qkv_layer, output, mlp_norm, up, down = _pairs(weights)
         normed, kept = _norm(x, norm, shape.epsilon)
-        qkv = product(normed, *qkv_layer)
+        qkv = linear(normed, *qkv_layer)
         if rope is None:
             whole = qkv.view(*qkv.shape[:2], -1, shape.head_width)
             q, k, v = native_attention.split(whole, shape.heads, shape.kv_heads)
@@ -89,19 +90,19 @@ class BlockByHand(torch.autograd.Function):
             q, k, v = (part.transpose(1, 2) for part in parts)
         y, logs = native_attention.attention(q, k, v, first)
         y = y.transpose(1, 2).flatten(2)
-        middle = product(y, output[0], output[1], x)
+        middle = linear(y, *output, x)
         if mlp_norm[0] is None:
             mlp_normed, mlp_kept = normed, kept
         else:
             mlp_normed, mlp_kept = _norm(x if shape.parallel else middle, mlp_norm, shape.epsilon)
-        hidden = product(mlp_normed, *up)
+        hidden = linear(mlp_normed, *up)
         active = native_train.activation(hidden, shape.activation)
         ctx.save_for_backward(
             x, rope, first, q, k, v, logs, y, normed, middle, mlp_normed, hidden, active, *kept,
             *mlp_kept, *weights,
         )  # fmt: skip
         ctx.shape, ctx.kept = shape, len(kept)
-        return product(active, down[0], down[1], middle)
+        return linear(active, *down, middle)
 
     @staticmethod
     @once_differentiable
@@ -114,9 +115,9 @@ class BlockByHand(torch.autograd.Function):
         norm, qkv_layer, output, mlp_norm, up, down = _pairs(rest[2 * ctx.kept :])
         gradient = gradient.contiguous()
 
-        by_active, by_down = _linear_backward(gradient, active, down)
+        by_active, *by_down = _backward_of(gradient, active, down)
         by_hidden = native_train.activation_backward(by_active, hidden, shape.activation)
-        by_normed, by_up = _linear_backward(by_hidden, mlp_normed, up)
+        by_normed, *by_up = _backward_of(by_hidden, mlp_normed, up)
         by_mlp_norm: list[Tensor | None] = [None, None]
         by_middle = gradient
         if mlp_norm[0] is not None:
@@ -125,14 +126,14 @@ class BlockByHand(torch.autograd.Function):
             by_middle = added.add_(gradient)
         # Falcon's parallel block: what goes to x by the MLP does not go through attention.
         by_sum = gradient if shape.parallel else by_middle
-        by_y, by_output = _linear_backward(by_sum, y, output)
+        by_y, *by_output = _backward_of(by_sum, y, output)
         by_y = by_y.view(*by_y.shape[:2], shape.heads, shape.head_width).transpose(1, 2)
         together = native_attention.attention_backward(q, k, v, first, logs, by_y)
         if rope is not None:
             sizes = [shape.heads, shape.kv_heads, shape.kv_heads]
             by_q, by_k, by_v = together.split(sizes, dim=2)
             native_train.join_heads(by_q, by_k, by_v, rope, together)
-        attended, by_qkv = _linear_backward(together.flatten(2), normed, qkv_layer)
+        attended, *by_qkv = _backward_of(together.flatten(2), normed, qkv_layer)
         if mlp_norm[0] is None:
             attended.add_(by_normed)
         by_x, *by_norm = _norm_backward(attended, x, norm, kept)
@@ -170,11 +171,8 @@ def _norm_backward(
     return by
 
 
-def _linear_backward(
-    gradient: Tensor, x: Tensor, layer: Pair
-) -> tuple[Tensor, tuple[Tensor, Tensor | None]]:
+def _backward_of(gradient: Tensor, x: Tensor, layer: Pair) -> tuple[Tensor, Tensor, Tensor | None]:
     """By x (..., n); by the weight (m, n), and by the bias."""
     weight, bias = layer
-    rows = gradient.flatten(0, 1)
-    by_weight = rows.t() @ x.flatten(0, 1)
-    return product(gradient, weight.t()), (by_weight, None if bias is None else rows.sum(0))
+    by: Any = linear_backward(gradient, x, weight, (True, True, bias is not None))
+    return by

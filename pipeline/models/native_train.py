@@ -14,57 +14,35 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from chainrule.pipeline.models import native
+from chainrule.pipeline.models.native import addresses, is_exact_on_cpu
 
 SOURCE = Path(__file__).with_suffix(".c")
 PARTS = 16
 """Blocks of rows that a gradient is summed in: fixed, so that threads do not change it."""
 
-PARTS_OF = {"swiglu": 2}
-"""What an activation reads for a number that it writes, where that is more than one."""
+ACTIVATIONS = {"swiglu": 2, "gelu": 1, "gelu_tanh": 1, "quick_gelu": 1}
+"""How many numbers each reads for one that it writes."""
 
 
 @cache
 def _library() -> Any:
-    library: Any = native.load(SOURCE)
-    if library is None:
-        return None
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    counts = {
-        # numbers, then pointers (an epsilon between them)
-        "swiglu": (3, 2),
-        "swiglu_backward": (3, 3),
-        "gelu": (3, 2),
-        "gelu_backward": (3, 3),
-        "gelu_tanh": (3, 2),
-        "gelu_tanh_backward": (3, 3),
-        "quick_gelu": (3, 2),
-        "quick_gelu_backward": (3, 3),
-        "rms_norm_backward": (4, 6),
-        "split_heads": (6, 5),
-        "join_heads": (6, 6),
-    }
-    for name, (numbers, pointers) in counts.items():
-        function = getattr(library, name)
-        function.argtypes = [number] * numbers + [pointer] * pointers
-        function.restype = None
-    library.rms_norm.argtypes = [number] * 3 + [ctypes.c_double] + [pointer] * 4
-    library.rms_norm.restype = None
-    return library
+    activation, backward = "nnn pp", "nnn ppp"
+    return native.functions(
+        SOURCE,
+        {
+            **{name: activation for name in ACTIVATIONS},
+            **{f"{name}_backward": backward for name in ACTIVATIONS},
+            "rms_norm": "nnnd pppp",
+            "rms_norm_backward": "nnnn pppppp",
+            "split_heads": "nnnnnn ppppp",
+            "join_heads": "nnnnnn pppppp",
+        },
+    )
 
 
 def ready(x: Tensor) -> bool:
     """Whether gradients of `x` may go through C."""
     return is_exact_on_cpu(x) and _library() is not None
-
-
-def is_exact_on_cpu(x: Tensor) -> bool:
-    """Float32 on a CPU, not to be cast, where roundings other than torch's are allowed."""
-    return (
-        x.dtype == torch.float32
-        and x.device.type == "cpu"
-        and native.is_allowed()
-        and not torch.is_autocast_enabled("cpu")
-    )
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -95,7 +73,7 @@ def rms_norm_backward(
 
 def activation(x: Tensor, name: str) -> Tensor:
     """x (..., parts * n) to (..., n) by the C function of that name."""
-    n = x.shape[-1] // PARTS_OF.get(name, 1)
+    n = x.shape[-1] // ACTIVATIONS[name]
     y = torch.empty(*x.shape[:-1], n)
     getattr(_library(), name)(y.numel() // n, n, torch.get_num_threads(), *addresses(x, y))
     return y
@@ -194,8 +172,3 @@ class SplitHeadsInC(torch.autograd.Function):
         result = torch.empty(ctx.shape)
         join_heads(q, k, v, rope, result)
         return result, None, None, None
-
-
-def addresses(*tensors: Tensor) -> list[int]:
-    """Where the numbers of each tensor are."""
-    return [tensor.data_ptr() for tensor in tensors]
