@@ -251,8 +251,9 @@ def test_the_ledger_is_on_the_disk_before_the_checkpoint(tmp_path, text, monkeyp
     ledgers = [at for at, name in enumerate(synced) if name == "rank-0000.ledger"]
     pointers = [at for at, name in enumerate(synced) if name.startswith(".latest.")]
     assert len(pointers) == 2  # steps 5 and 10
-    # The first checkpoint may be written while the second one's ledger is synced already.
-    assert all(ledger < pointer for ledger, pointer in zip(ledgers, pointers, strict=True))
+    # The first checkpoint may still be being written when the second one's ledger is synced.
+    assert ledgers[0] < pointers[0]
+    assert ledgers[1] < pointers[1]
 
 
 @pytest.mark.slow

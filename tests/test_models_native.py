@@ -22,6 +22,7 @@ from chainrule.pipeline.models.kernels import (
 from chainrule.pipeline.models.kv_cache import DecoderCursor
 from chainrule.pipeline.models.ragged import RaggedCursor
 from chainrule.pipeline.sampling.int8 import quantise
+from chainrule.pipeline.training.engine import Engine, EngineSettings
 
 SHAPES: dict[str, dict[str, Any]] = {
     "gpt2": {"preset": "gpt2-debug"},
@@ -321,7 +322,7 @@ def blocks_by_hand(value: torch.Tensor) -> int:
         node = waiting.pop()
         if node is not None and node not in seen:
             seen.add(node)
-            found += "BlockByHand" in str(node)
+            found += "BlockInC" in str(node)
             waiting += [following for following, _ in node.next_functions]
     return found
 
@@ -376,6 +377,21 @@ def test_a_block_that_is_watched_or_drops_out_is_taken_in_parts() -> None:
 
 
 @needs_compiler
+def test_what_is_in_c_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    model, _ = of_training("llama")
+    assert model.is_faster_uncompiled(cpu, "fp32")
+    assert not model.is_faster_uncompiled(cpu, "bf16")
+    assert not model.is_faster_uncompiled(cuda, "fp32")
+    assert not of_training("llama", dropout=0.1)[0].is_faster_uncompiled(cpu, "fp32")
+    with Engine(EngineSettings(strategy="single", compile=True)) as engine:
+        engine.prepare(model, lambda m: torch.optim.AdamW(m.parameters()))
+    assert model._compiled_call_impl is None
+    monkeypatch.setenv("CHAINRULE_NATIVE", "0")
+    assert not model.is_faster_uncompiled(cpu, "fp32")
+
+
+@needs_compiler
 def test_what_attention_in_c_is_not_for() -> None:
     x = torch.randn(2, 4)
     with native.allowed():
@@ -397,9 +413,7 @@ PRODUCTS = [(1, 1, 1), (7, 33, 5), (12, 32, 512), (97, 65, 513), (200, 31, 1030)
 @pytest.mark.parametrize(("m", "n", "k"), PRODUCTS)
 def test_products_in_c_are_products(m: int, n: int, k: int, threads: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    a, b, bias, added = (
-        torch.randn(shape, generator=generator) for shape in ((m, k), (k, n), (n,), (m, n))
-    )
+    a, b, bias = (torch.randn(shape, generator=generator) for shape in ((m, k), (k, n), (n,)))
     wanted = a.double() @ b.double()
     before, found = torch.get_num_threads(), {}
     for count in (1, threads):
@@ -408,11 +422,11 @@ def test_products_in_c_are_products(m: int, n: int, k: int, threads: int) -> Non
             found[count] = [
                 native_product.product(a, b),
                 native_product.product(a.t().contiguous().t(), b, bias),
-                native_product.product(a, b.t().contiguous().t(), bias, added),
+                native_product.product(a, b.t().contiguous().t(), bias),
             ]
         finally:
             torch.set_num_threads(before)
-    for y, more in zip(found[threads], (0, bias, bias + added), strict=True):
+    for y, more in zip(found[threads], (0, bias, bias), strict=True):
         assert torch.allclose(y.double(), wanted + more, atol=1e-5 * k**0.5, rtol=1e-5)
     assert all(torch.equal(x, y) for x, y in zip(found[1], found[threads], strict=True))
 

@@ -10,6 +10,7 @@ Contestants take turns; the ratio is the median of the rounds' ratios. On a shar
 absolute times drift, neighbours in time are slowed alike.
 """
 
+import gc
 import statistics
 import tempfile
 import time
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from chainrule.pipeline.devices import synchronise
 from chainrule.pipeline.models import native
 from chainrule.pipeline.models.contract import Autoregressive, Cursor
+from chainrule.pipeline.models.decoder import Decoder
 from chainrule.pipeline.models.registry import build
 
 SHAPES: dict[str, tuple[int, dict[str, Any]]] = {
@@ -55,12 +57,15 @@ def _turns(
     """Median seconds of both, and the median ratio theirs / ours of the rounds."""
     for run in (ours, theirs) * 2:
         run()
+    gc.collect()
+    gc.freeze()  # whose turn it is should not pay for all that stands
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(rounds):
         for run, found in zip((ours, theirs), times, strict=True):
             began = time.perf_counter()
             run()
             found.append(time.perf_counter() - began)
+    gc.unfreeze()
     ratio = statistics.median(b / a for a, b in zip(*times, strict=True))
     return statistics.median(times[0]), statistics.median(times[1]), ratio
 
@@ -123,7 +128,11 @@ def _step_contestants(
     def run(network: nn.Module, loss_of: Callable[[], Tensor]) -> Callable[[], float]:
         network.to(device).train()
         optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, fused=True)
-        if compiled:
+        precision = "bf16" if dtype == "bfloat16" else "fp32"
+        stays = isinstance(network, Decoder) and network.is_faster_uncompiled(
+            torch.device(device), precision
+        )
+        if compiled and not stays:
             network.compile()
 
         def once() -> float:

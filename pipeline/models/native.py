@@ -87,8 +87,8 @@ def _build(source: Path) -> Path | None:
         return None
     # A home that machines share: what was built for one must not run on another.
     digest = hashlib.sha256(source.read_bytes())
-    for header in sorted(source.parent.glob("*.h")):
-        digest.update(header.read_bytes())
+    for included in sorted(source.parent.glob("*.[ch]")):
+        digest.update(included.read_bytes())
     digest.update(f"{compiler} {platform.machine()} {_processor()}".encode())
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
     folder = Path(root) if root else _cache_folder()

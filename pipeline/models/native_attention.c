@@ -13,51 +13,46 @@
 
 #define QUERIES 32
 #define UP(N) (((N) + 15) / 16 * 16)
-#define UNROLLED _Pragma("GCC unroll 4")
 #ifdef __clang__
 #define SHUFFLED(X, ...) __builtin_shufflevector(X, X, __VA_ARGS__)
 #else
 #define SHUFFLED(X, ...) __builtin_shuffle(X, (ints){__VA_ARGS__})
 #endif
-#ifdef __AVX512F__
-#define WIDEST 4
-#else
-#define WIDEST 1
-#endif
+#define WIDEST (LANES == 16 ? 4 : 2) /* registers across; four rows of them are sums */
 
 /* B, H, K, T, d; how far apart batches, heads and positions are in each of the tensors. */
 typedef struct { int64_t batch, head, time; } strides;
 typedef struct { int64_t batch, heads, kv_heads, length, width; } sizes;
 
-INLINE void tile(int rows, int vectors, int64_t k, const float *a, int64_t row, int64_t column,
+INLINE void cell(int rows, int vectors, int64_t k, const float *a, int64_t row, int64_t column,
                  const float *b, int64_t ldb, float *c, int64_t ldc, int add) {
-    floats sums[4][4];
+    lanes sums[4][4];
     UNROLLED for (int i = 0; i < rows; i++)
         UNROLLED for (int j = 0; j < vectors; j++)
-            sums[i][j] = add ? *(const floats *)(c + i * ldc + 16 * j) : (floats){0};
+            sums[i][j] = add ? *(const lanes *)(c + i * ldc + LANES * j) : (lanes){0};
     for (int64_t l = 0; l < k; l++) {
-        floats line[4];
-        UNROLLED for (int j = 0; j < vectors; j++) line[j] = *(const floats *)(b + l * ldb + 16 * j);
+        lanes line[4];
+        UNROLLED for (int j = 0; j < vectors; j++) line[j] = *(const lanes *)(b + l * ldb + LANES * j);
         UNROLLED for (int i = 0; i < rows; i++) {
             float factor = a[i * row + l * column];
             UNROLLED for (int j = 0; j < vectors; j++) sums[i][j] += factor * line[j];
         }
     }
     UNROLLED for (int i = 0; i < rows; i++)
-        UNROLLED for (int j = 0; j < vectors; j++) *(floats *)(c + i * ldc + 16 * j) = sums[i][j];
+        UNROLLED for (int j = 0; j < vectors; j++) *(lanes *)(c + i * ldc + LANES * j) = sums[i][j];
 }
 
 #define COLUMNS(VECTORS)                                                                           \
-    for (; n - j >= 16 * VECTORS; j += 16 * VECTORS) {                                             \
+    for (; n - j >= LANES * VECTORS; j += LANES * VECTORS) {                                       \
         int64_t i = 0;                                                                             \
         for (; m - i >= 4; i += 4)                                                                 \
-            tile(4, VECTORS, k, a + i * row, row, column, b + j, ldb, c + i * ldc + j, ldc, add);  \
+            cell(4, VECTORS, k, a + i * row, row, column, b + j, ldb, c + i * ldc + j, ldc, add);  \
         for (; i < m; i++)                                                                         \
-            tile(1, VECTORS, k, a + i * row, row, column, b + j, ldb, c + i * ldc + j, ldc, add);  \
+            cell(1, VECTORS, k, a + i * row, row, column, b + j, ldb, c + i * ldc + j, ldc, add);  \
     }
 
 /* C (m, n) = or += A (m, k) B (k, n), n in whole sixteens; A's elements at any strides. */
-INLINE void product_of(int add, int64_t m, int64_t n, int64_t k, const float *a, int64_t row,
+INLINE void matrices_of(int add, int64_t m, int64_t n, int64_t k, const float *a, int64_t row,
                        int64_t column, const float *b, int64_t ldb, float *c, int64_t ldc) {
     int64_t j = 0;
     if (WIDEST >= 4) COLUMNS(4)
@@ -65,14 +60,14 @@ INLINE void product_of(int add, int64_t m, int64_t n, int64_t k, const float *a,
     COLUMNS(1)
 }
 
-static void product(int64_t m, int64_t n, int64_t k, const float *a, int64_t row, int64_t column,
+static void matrices(int64_t m, int64_t n, int64_t k, const float *a, int64_t row, int64_t column,
                     const float *b, int64_t ldb, float *c, int64_t ldc) {
-    product_of(0, m, n, k, a, row, column, b, ldb, c, ldc);
+    matrices_of(0, m, n, k, a, row, column, b, ldb, c, ldc);
 }
 
-static void add_product(int64_t m, int64_t n, int64_t k, const float *a, int64_t row,
+static void add_matrices(int64_t m, int64_t n, int64_t k, const float *a, int64_t row,
                         int64_t column, const float *b, int64_t ldb, float *c, int64_t ldc) {
-    product_of(1, m, n, k, a, row, column, b, ldb, c, ldc);
+    matrices_of(1, m, n, k, a, row, column, b, ldb, c, ldc);
 }
 
 /* x (T, d) to (d, T in whole sixteens). */
@@ -86,8 +81,8 @@ static void transpose(int64_t length, int64_t width, const float *x, int64_t tim
 }
 
 INLINE ints between(int64_t column, int64_t low, int64_t high) {
-    const ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    ints at = lanes + (int32_t)column;
+    const ints here = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    ints at = here + (int32_t)column;
     return (at >= (int32_t)low) & (at < (int32_t)high);
 }
 
@@ -138,7 +133,7 @@ INLINE float greatest(const float *row, int64_t low, int64_t high) {
 }
 
 /* Floats that a thread works in. */
-int64_t scratch(int64_t length, int64_t width) { return 2 * (QUERIES + width) * UP(length); }
+int64_t attention_room(int64_t length, int64_t width) { return 2 * (QUERIES + width) * UP(length); }
 
 static void forward_unit(sizes n, int64_t batch, int64_t kv, const strides *by, const float *q,
                          const float *k, const float *v, const int64_t *first, float *y,
@@ -155,7 +150,7 @@ static void forward_unit(sizes n, int64_t batch, int64_t kv, const strides *by, 
         for (int64_t t = 0; t < n.length; t += QUERIES) {
             int64_t rows = n.length - t < QUERIES ? n.length - t : QUERIES;
             int64_t begin = first[t] / 16 * 16, seen = t + rows - begin, columns = UP(seen);
-            product(rows, columns, d, queries + t * by[0].time, by[0].time, 1, keys + begin, whole,
+            matrices(rows, columns, d, queries + t * by[0].time, by[0].time, 1, keys + begin, whole,
                     scores, columns);
             float factors[QUERIES];
             for (int64_t i = 0; i < rows; i++) {
@@ -166,7 +161,7 @@ static void forward_unit(sizes n, int64_t batch, int64_t kv, const strides *by, 
                 kept[t + i] = shift + logf(sum);
                 factors[i] = 1 / sum;
             }
-            product(rows, d, seen, scores, columns, 1, v + begin * by[2].time, by[2].time,
+            matrices(rows, d, seen, scores, columns, 1, v + begin * by[2].time, by[2].time,
                     to + t * by[3].time, by[3].time);
             for (int64_t i = 0; i < rows; i++)
                 for (int64_t j = 0; j < d; j++) to[(t + i) * by[3].time + j] *= factors[i];
@@ -175,7 +170,7 @@ static void forward_unit(sizes n, int64_t batch, int64_t kv, const strides *by, 
 }
 
 /* q (B, H, T, d), k and v (B, K, T, d) to y (B, H, T, d) and logs (B, H, T). strides: of batch, head
-   and time in q, k, v, y; first (B, T); room: scratch() floats a thread. */
+   and time in q, k, v, y; first (B, T); room: attention_room() floats a thread. */
 void attention(int64_t batch, int64_t heads, int64_t kv_heads, int64_t length, int64_t width,
                int64_t threads, const strides *by, const float *q, const float *k, const float *v,
                const int64_t *first, float *y, float *logs, float *room) {
@@ -185,7 +180,7 @@ void attention(int64_t batch, int64_t heads, int64_t kv_heads, int64_t length, i
         for (int64_t unit = part; unit < batch * kv_heads; unit += threads)
             forward_unit(n, unit / kv_heads, unit % kv_heads, by, q, k, v,
                          first + unit / kv_heads * length, y, logs,
-                         room + part * scratch(length, width));
+                         room + part * attention_room(length, width));
 }
 
 static void backward_unit(sizes n, int64_t batch, int64_t kv, const strides *by, const float *q,
@@ -214,8 +209,8 @@ static void backward_unit(sizes n, int64_t batch, int64_t kv, const strides *by,
             int64_t rows = n.length - t < QUERIES ? n.length - t : QUERIES;
             int64_t begin = first[t] / 16 * 16, seen = t + rows - begin, columns = UP(seen);
             const float *some = queries + t * by[0].time, *given = g + t * by[3].time;
-            product(rows, columns, d, some, by[0].time, 1, keys + begin, whole, weights, columns);
-            product(rows, columns, d, given, by[3].time, 1, values + begin, whole, slopes, columns);
+            matrices(rows, columns, d, some, by[0].time, 1, keys + begin, whole, weights, columns);
+            matrices(rows, columns, d, given, by[3].time, 1, values + begin, whole, slopes, columns);
             for (int64_t i = 0; i < rows; i++) {
                 float *w = weights + i * columns, *s = slopes + i * columns;
                 float sum = weigh(w, columns, first[t + i] - begin, t + i + 1 - begin, scale,
@@ -228,11 +223,11 @@ static void backward_unit(sizes n, int64_t batch, int64_t kv, const strides *by,
                 for (int64_t j = 0; j < columns; j += 16)
                     *(floats *)(s + j) = *(floats *)(w + j) * (*(floats *)(s + j) - mean) * scale;
             }
-            add_product(seen, d, rows, weights, 1, columns, given, by[3].time,
+            add_matrices(seen, d, rows, weights, 1, columns, given, by[3].time,
                         by_v + begin * by[6].time, by[6].time);
-            add_product(seen, d, rows, slopes, 1, columns, some, by[0].time,
+            add_matrices(seen, d, rows, slopes, 1, columns, some, by[0].time,
                         by_k + begin * by[5].time, by[5].time);
-            product(rows, d, seen, slopes, columns, 1, k + begin * by[1].time, by[1].time,
+            matrices(rows, d, seen, slopes, columns, 1, k + begin * by[1].time, by[1].time,
                     to + t * by[4].time, by[4].time);
         }
     }
@@ -251,5 +246,5 @@ void attention_backward(int64_t batch, int64_t heads, int64_t kv_heads, int64_t 
         for (int64_t unit = part; unit < batch * kv_heads; unit += threads)
             backward_unit(n, unit / kv_heads, unit % kv_heads, by, q, k, v,
                           first + unit / kv_heads * length, logs, gradient, by_q, by_k, by_v,
-                          room + part * scratch(length, width));
+                          room + part * attention_room(length, width));
 }

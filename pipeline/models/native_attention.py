@@ -28,7 +28,7 @@ def _library() -> Any:
         {
             "attention": "nnnnnn p pppppp p",
             "attention_backward": "nnnnnn p ppppppppp p",
-            "scratch": "nn->n",
+            "attention_room": "nn->n",
         },
     )
 
@@ -120,7 +120,7 @@ class AttentionInC(torch.autograd.Function):
 
 def _room(length: int, width: int) -> tuple[int, Tensor]:
     threads = torch.get_num_threads()
-    return threads, torch.empty(threads * _library().scratch(length, width))
+    return threads, torch.empty(threads * _library().attention_room(length, width))
 
 
 def _strides(*tensors: Tensor) -> Any:

@@ -1,22 +1,27 @@
-"""A decoder's block of training as one function with its gradient written out; float32 on a CPU.
+"""A decoder's block of training in C (native_block.c), with its gradient; float32 on a CPU.
 
-The same numbers as `decoder.Block`, from the same kernels. At the widths that a CPU trains, a step
-of autograd for each of its parts is as dear as a twentieth of the products, and sums and splits
-pass over memory that a gradient written at its place does not touch.
+The same numbers as `decoder.Block`, up to rounding. At the widths that a CPU trains, a step of
+autograd for each of its parts costs a tenth of a step, and what one part writes has left the cache
+when the next one reads it.
 
 Legend: B batch, T inputs, D width, H heads, K key/value heads, d width of a head, F of the MLP.
 """
 
+import ctypes
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from chainrule.pipeline.models import native_attention, native_product, native_train
+from chainrule.pipeline.models import native, native_attention
 from chainrule.pipeline.models.kernels import Linear, RMSNorm
-from chainrule.pipeline.models.native_product import linear, linear_backward
+from chainrule.pipeline.models.native_train import ACTIVATIONS
+
+SOURCE = Path(__file__).with_suffix(".c")
 
 
 @dataclass(frozen=True)
@@ -34,13 +39,17 @@ class Shape:
 
 def fits(x: Tensor, shape: Shape) -> bool:
     """Whether a block of inputs x (B, T, D) may be taken as one."""
-    whole = native_attention.fits(x, x.shape[1], shape.head_width, shape.kv_heads)
-    return whole and native_train.ready(x) and native_product.ready(x, x)
+    return native_attention.fits(x, x.shape[1], shape.head_width, shape.kv_heads) and is_built()
+
+
+def is_built() -> bool:
+    return _library() is not None
 
 
 def weights_of(parts: list[nn.Module | None]) -> list[Tensor | None] | None:
     """Weight and bias of each of a block's norms and layers; None where any is not its plain
-    self: others watch it (ZeRO 3 gathers its weights when it is called) or have taken its place."""
+    self: others watch it (ZeRO 3 gathers its weights when it is called), have taken its place, or
+    have it lie differently in memory."""
     found: list[Tensor | None] = []
     for part in parts:
         if part is None:
@@ -49,7 +58,8 @@ def weights_of(parts: list[nn.Module | None]) -> list[Tensor | None] | None:
             return None
         else:
             found += [part.weight, getattr(part, "bias", None)]  # type: ignore[list-item]
-    return found
+    plain = (w is None or (w.dtype == torch.float32 and w.is_contiguous()) for w in found)
+    return found if all(plain) else None
 
 
 def is_watched(module: nn.Module) -> bool:
@@ -63,7 +73,44 @@ def is_watched(module: nn.Module) -> bool:
     return any(hooks)
 
 
-class BlockByHand(torch.autograd.Function):
+_ACTIVATIONS = list(ACTIVATIONS)
+"""In the order of the tables of native_block.c."""
+_PARTS = ("norm", "qkv", "output", "mlp_norm", "up", "down")
+
+
+class _Part(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("weight", "bias", "by_weight", "by_bias")]
+
+
+_SIZES = (
+    *("batch", "length", "width", "heads", "kv_heads", "head_width", "mlp_width", "hidden_width"),
+    *("activation", "parallel", "threads"),
+)
+_SAVED = (
+    *("normed", "together", "logs", "attended", "middle", "mlp_normed", "hidden", "active"),
+    *("kept", "mlp_kept"),
+)
+_GRADIENTS = ("by_x", "by_middle", "by_attended", "by_together", "by_hidden", "by_mlp_normed")
+
+
+class _Block(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in _SIZES),
+        ("epsilon", ctypes.c_double),
+        *((name, _Part) for name in _PARTS),
+        *((name, ctypes.c_void_p) for name in ("rope", "first", "x")),
+        *((name, ctypes.c_void_p) for name in (*_SAVED, "y", "gradient", *_GRADIENTS)),
+    ]
+
+
+@cache
+def _library() -> Any:
+    return native.functions(
+        SOURCE, {"block_forward": "pp", "block_backward": "pp", "block_room": "pn->n"}
+    )
+
+
+class BlockInC(torch.autograd.Function):
     """x (B, T, D) to (B, T, D). `weights`: weight and bias (None without) of the norm of attention,
     the layers qkv and output, the norm of the MLP (None, None where it shares the other's), and
     the MLP's layers. `first` as `native_attention.attention` has it, `rope` (2, T, 1, d)."""
@@ -78,101 +125,104 @@ class BlockByHand(torch.autograd.Function):
         *weights: Tensor | None,
     ) -> Tensor:
         x = x.contiguous()
-        norm, qkv_layer, output, mlp_norm, up, down = _pairs(weights)
-        normed, kept = _norm(x, norm, shape.epsilon)
-        qkv = linear(normed, *qkv_layer)
-        if rope is None:
-            whole = qkv.view(*qkv.shape[:2], -1, shape.head_width)
-            q, k, v = native_attention.split(whole, shape.heads, shape.kv_heads)
-        else:
-            rope = rope.contiguous()
-            parts = native_train.split_heads(qkv, rope, shape.heads, shape.kv_heads)
-            q, k, v = (part.transpose(1, 2) for part in parts)
-        y, logs = native_attention.attention(q, k, v, first)
-        y = y.transpose(1, 2).flatten(2)
-        middle = linear(y, *output, x)
-        if mlp_norm[0] is None:
-            mlp_normed, mlp_kept = normed, kept
-        else:
-            mlp_normed, mlp_kept = _norm(x if shape.parallel else middle, mlp_norm, shape.epsilon)
-        hidden = linear(mlp_normed, *up)
-        active = native_train.activation(hidden, shape.activation)
-        ctx.save_for_backward(
-            x, rope, first, q, k, v, logs, y, normed, middle, mlp_normed, hidden, active, *kept,
-            *mlp_kept, *weights,
-        )  # fmt: skip
-        ctx.shape, ctx.kept = shape, len(kept)
-        return linear(active, *down, middle)
+        rope = None if rope is None else rope.contiguous()
+        block = _block(x, rope, first, shape, weights)
+        saved = _allocate(block, _saved_sizes(block))
+        y = torch.empty_like(x)
+        block.y = y.data_ptr()
+        _run(block, back=False)
+        ctx.save_for_backward(x, rope, first, *weights, *saved)
+        ctx.shape = shape
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, rope, first, q, k, v, logs, y, normed, middle, mlp_normed, hidden, active, *rest = (
-            ctx.saved_tensors
-        )
-        shape = ctx.shape
-        kept, mlp_kept = rest[: ctx.kept], rest[ctx.kept : 2 * ctx.kept]
-        norm, qkv_layer, output, mlp_norm, up, down = _pairs(rest[2 * ctx.kept :])
+        x, rope, first, *rest = ctx.saved_tensors
+        weights, saved = rest[: 2 * len(_PARTS)], rest[2 * len(_PARTS) :]
         gradient = gradient.contiguous()
-
-        by_active, *by_down = _backward_of(gradient, active, down)
-        by_hidden = native_train.activation_backward(by_active, hidden, shape.activation)
-        by_normed, *by_up = _backward_of(by_hidden, mlp_normed, up)
-        by_mlp_norm: list[Tensor | None] = [None, None]
-        by_middle = gradient
-        if mlp_norm[0] is not None:
-            before = x if shape.parallel else middle
-            added, *by_mlp_norm = _norm_backward(by_normed, before, mlp_norm, mlp_kept)
-            by_middle = added.add_(gradient)
-        # Falcon's parallel block: what goes to x by the MLP does not go through attention.
-        by_sum = gradient if shape.parallel else by_middle
-        by_y, *by_output = _backward_of(by_sum, y, output)
-        by_y = by_y.view(*by_y.shape[:2], shape.heads, shape.head_width).transpose(1, 2)
-        together = native_attention.attention_backward(q, k, v, first, logs, by_y)
-        if rope is not None:
-            sizes = [shape.heads, shape.kv_heads, shape.kv_heads]
-            by_q, by_k, by_v = together.split(sizes, dim=2)
-            native_train.join_heads(by_q, by_k, by_v, rope, together)
-        attended, *by_qkv = _backward_of(together.flatten(2), normed, qkv_layer)
-        if mlp_norm[0] is None:
-            attended.add_(by_normed)
-        by_x, *by_norm = _norm_backward(attended, x, norm, kept)
-        by_x.add_(by_middle)
-        return by_x, None, None, None, *by_norm, *by_qkv, *by_output, *by_mlp_norm, *by_up, *by_down
+        block = _block(x, rope, first, ctx.shape, weights)
+        _place(block, _saved_sizes(block), saved)
+        work = _allocate(block, _gradient_sizes(block))
+        by_x = torch.empty_like(x)
+        by_weights = [None if weight is None else torch.empty_like(weight) for weight in weights]
+        block.gradient, block.by_x = native.addresses(gradient, by_x)
+        for part, by_weight, by_bias in zip(_PARTS, by_weights[::2], by_weights[1::2], strict=True):
+            at = getattr(block, part)
+            at.by_weight, at.by_bias = native.addresses(by_weight, by_bias)
+        _run(block, back=True)
+        del work  # until now the block wrote into it
+        return by_x, None, None, None, *by_weights
 
 
-Pair = tuple[Tensor, Tensor | None]
-
-
-def _pairs(weights: tuple[Tensor | None, ...]) -> list[Any]:
-    return list(zip(weights[::2], weights[1::2], strict=True))
-
-
-def _norm(x: Tensor, of: Pair, epsilon: float) -> tuple[Tensor, list[Tensor]]:
-    """RMSNorm without a bias, LayerNorm with one; what its gradient needs to know of each row."""
-    weight, bias = of
-    if bias is None:
-        y, scale = native_train.rms_norm(x, weight, epsilon)
-        return y, [scale]
-    y, mean, inverse = torch.native_layer_norm(x, weight.shape, weight, bias, epsilon)
-    return y, [mean, inverse]
-
-
-def _norm_backward(
-    gradient: Tensor, x: Tensor, of: Pair, kept: tuple[Tensor, ...]
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """By x, weight and bias."""
-    weight, bias = of
-    if bias is None:
-        return *native_train.rms_norm_backward(gradient, x, weight, *kept), None
-    by: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.native_layer_norm_backward(
-        gradient, x, weight.shape, *kept, weight, bias, [True, True, True]
+def _block(x: Tensor, rope: Tensor | None, first: Tensor, shape: Shape, weights: Any) -> _Block:
+    batch, length, width = x.shape
+    rope_at, first_at, x_at = native.addresses(rope, first, x)
+    pairs = zip(*(iter(native.addresses(*weights)),) * 2, strict=True)
+    return _Block(
+        batch=batch,
+        length=length,
+        width=width,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_width=shape.head_width,
+        mlp_width=weights[10].shape[1],
+        hidden_width=len(weights[8]),
+        activation=_ACTIVATIONS.index(shape.activation),
+        parallel=shape.parallel,
+        threads=torch.get_num_threads(),
+        epsilon=shape.epsilon,
+        rope=rope_at,
+        first=first_at,
+        x=x_at,
+        **{name: _Part(*pair) for name, pair in zip(_PARTS, pairs, strict=True)},
     )
-    return by
 
 
-def _backward_of(gradient: Tensor, x: Tensor, layer: Pair) -> tuple[Tensor, Tensor, Tensor | None]:
-    """By x (..., n); by the weight (m, n), and by the bias."""
-    weight, bias = layer
-    by: Any = linear_backward(gradient, x, weight, (True, True, bias is not None))
-    return by
+def _saved_sizes(block: _Block) -> dict[str, int]:
+    """Floats of each tensor that the way back needs."""
+    rows, inner = block.batch * block.length, block.heads * block.head_width
+    own_norm = block.mlp_norm.weight is not None
+    return {
+        "normed": rows * block.width,
+        "together": rows * (inner + 2 * block.kv_heads * block.head_width),
+        "logs": rows * block.heads,
+        "attended": rows * inner,
+        "middle": rows * block.width,
+        "mlp_normed": rows * block.width * own_norm,
+        "hidden": rows * block.hidden_width,
+        "active": rows * block.mlp_width,
+        "kept": 2 * rows,
+        "mlp_kept": 2 * rows * own_norm,
+    }
+
+
+def _gradient_sizes(block: _Block) -> dict[str, int]:
+    saved, own_norm = _saved_sizes(block), block.mlp_norm.weight is not None
+    return {
+        "by_middle": saved["middle"] * own_norm,
+        "by_attended": saved["attended"],
+        "by_together": saved["together"],
+        "by_hidden": saved["hidden"],
+        "by_mlp_normed": saved["normed"] * (not own_norm),
+    }
+
+
+def _allocate(block: _Block, sizes: dict[str, int]) -> list[Tensor]:
+    """A tensor each: in one, they would be so large that malloc gave them back to the kernel."""
+    tensors = [torch.empty(size) for size in sizes.values()]
+    _place(block, sizes, tensors)
+    return tensors
+
+
+def _place(block: _Block, sizes: dict[str, int], tensors: list[Tensor]) -> None:
+    for name, tensor in zip(sizes, tensors, strict=True):
+        setattr(block, name, tensor.data_ptr())
+    if block.mlp_norm.weight is None:
+        block.mlp_normed = block.normed
+
+
+def _run(block: _Block, back: bool) -> None:
+    library, at = _library(), ctypes.addressof(block)
+    room = torch.empty(library.block_room(at, back))
+    (library.block_backward if back else library.block_forward)(at, room.data_ptr())

@@ -20,7 +20,7 @@ SOURCE = Path(__file__).with_suffix(".c")
 
 @cache
 def _library() -> Any:
-    return native.functions(SOURCE, {"product": "nnnn pnn pnn pppp", "scratch": "nnn->n"})
+    return native.functions(SOURCE, {"product": "nnnn pnn pnn ppp", "product_room": "nnn->n"})
 
 
 def ready(x: Tensor, weight: Tensor) -> bool:
@@ -29,14 +29,11 @@ def ready(x: Tensor, weight: Tensor) -> bool:
     return whole and is_exact_on_cpu(x) and _library() is not None
 
 
-def product(
-    a: Tensor, b: Tensor, bias: Tensor | None = None, added: Tensor | None = None
-) -> Tensor:
-    """a (m, k) b (k, n) + bias (n) + added (m, n). a or its transpose is contiguous, as bias and
-    added are; b has any strides."""
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a (m, k) b (k, n) + bias (n). a or its transpose is contiguous; b has any strides."""
     (m, k), n = a.shape, b.shape[1]
     y, threads = torch.empty(m, n), torch.get_num_threads()
-    work = torch.empty(_library().scratch(n, k, threads))
+    room = torch.empty(_library().product_room(n, k, threads))
     _library().product(
         m,
         n,
@@ -46,42 +43,28 @@ def product(
         *a.stride(),
         b.data_ptr(),
         *b.stride(),
-        *addresses(bias, added, y, work),
+        *addresses(bias, y, room),
     )
     return y
 
 
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, added: Tensor | None = None
-) -> Tensor:
-    """x (..., k) times weight (n, k) transposed, + bias + added (..., n)."""
-    if added is not None:
-        added = added.reshape(-1, len(weight))
-    return product(x.reshape(-1, x.shape[-1]), weight.t(), bias, added).view(*x.shape[:-1], -1)
-
-
-def linear_backward(
-    gradient: Tensor, x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """By x, by weight and by bias, where it `needs` to be known; all contiguous."""
-    rows = gradient.view(-1, gradient.shape[-1])
-    return (
-        product(rows, weight).view_as(x) if needs[0] else None,
-        product(rows.t(), x.view(-1, x.shape[-1])) if needs[1] else None,
-        rows.sum(0) if needs[2] else None,
-    )
-
-
 class LinearInC(torch.autograd.Function):
-    """x (..., k), weight (n, k), bias (n) or None."""
+    """x (..., k) times weight (n, k) transposed, + bias (n) where there is one."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x = x.contiguous()
         ctx.save_for_backward(x, weight)
-        return linear(x, weight, bias)
+        return product(x.view(-1, x.shape[-1]), weight.t(), bias).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return linear_backward(gradient.contiguous(), *ctx.saved_tensors, ctx.needs_input_grad)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        by_x, by_weight, by_bias = ctx.needs_input_grad
+        rows = gradient.contiguous().view(-1, len(weight))
+        return (
+            product(rows, weight).view_as(x) if by_x else None,
+            product(rows.t(), x.view(-1, x.shape[-1])) if by_weight else None,
+            rows.sum(0) if by_bias else None,
+        )

@@ -1,5 +1,6 @@
-/* RMSNorm, SwiGLU, three GELUs and rotary positions with their gradients, each in one pass over memory, in
-   float32 on the CPU. What they say is written out in kernels.py. Called by native_train.py. */
+/* RMSNorm, LayerNorm, SwiGLU, three GELUs and rotary positions with their gradients, each in one pass
+   over memory, in float32 on the CPU. What they say is written out in kernels.py. Called by
+   native_train.py and native_block.c. */
 
 #include <math.h>
 #include <stdint.h>
@@ -65,6 +66,58 @@ void rms_norm_backward(int64_t rows, int64_t n, int64_t threads, int64_t parts,
     memcpy(by_weight, by_weight + n, n * sizeof(float));
     for (int64_t part = 1; part < parts; part++)
         for (int64_t i = 0; i < n; i++) by_weight[i] += by_weight[(part + 1) * n + i];
+}
+
+/* x, y (rows, n), weight and bias (n), mean and scale (rows): y = (x - mean) scale weight + bias. */
+void layer_norm(int64_t rows, int64_t n, int64_t threads, double epsilon, const float *x,
+                const float *weight, const float *bias, float *mean, float *scale, float *y) {
+    ROWS
+    for (int64_t row = 0; row < rows; row++) {
+        const float *from = x + row * n;
+        float *to = y + row * n, sum = 0, squares = 0;
+        SUM("omp simd reduction(+ : sum)")
+        for (int64_t i = 0; i < n; i++) sum += from[i];
+        float m = sum / n;
+        SUM("omp simd reduction(+ : squares)")
+        for (int64_t i = 0; i < n; i++) squares += (from[i] - m) * (from[i] - m);
+        float s = (float)(1.0 / sqrt((double)squares / n + epsilon));
+        mean[row] = m;
+        scale[row] = s;
+        for (int64_t i = 0; i < n; i++) to[i] = (from[i] - m) * s * weight[i] + bias[i];
+    }
+}
+
+/* by_both (parts + 1, 2n), by weight and by bias: as in rms_norm_backward. */
+void layer_norm_backward(int64_t rows, int64_t n, int64_t threads, int64_t parts,
+                         const float *gradient, const float *x, const float *weight,
+                         const float *mean, const float *scale, float *by_x, float *by_both) {
+    int64_t block = (rows + parts - 1) / parts;
+    ROWS
+    for (int64_t part = 0; part < parts; part++) {
+        float *sums = by_both + (part + 1) * 2 * n;
+        memset(sums, 0, 2 * n * sizeof(float));
+        int64_t end = (part + 1) * block < rows ? (part + 1) * block : rows;
+        for (int64_t row = part * block; row < end; row++) {
+            const float *g = gradient + row * n, *from = x + row * n;
+            float *to = by_x + row * n, along = 0, total = 0, m = mean[row], s = scale[row];
+            SUM("omp simd reduction(+ : along, total)")
+            for (int64_t i = 0; i < n; i++) {
+                total += g[i] * weight[i];
+                along += g[i] * weight[i] * (from[i] - m);
+            }
+            total /= n;
+            along *= s * s / n;
+            SUM("omp simd")
+            for (int64_t i = 0; i < n; i++) {
+                sums[i] += g[i] * (from[i] - m) * s;
+                sums[n + i] += g[i];
+                to[i] = s * (g[i] * weight[i] - total - (from[i] - m) * along);
+            }
+        }
+    }
+    memcpy(by_both, by_both + 2 * n, 2 * n * sizeof(float));
+    for (int64_t part = 1; part < parts; part++)
+        for (int64_t i = 0; i < 2 * n; i++) by_both[i] += by_both[(part + 1) * 2 * n + i];
 }
 
 /* gate_and_up (rows, 2n), y (rows, n): y = silu(gate) up. */

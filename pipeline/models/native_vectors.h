@@ -1,9 +1,22 @@
 /* Sixteen numbers at a time, on any processor: what the C sources share. */
 
+#ifndef NATIVE_VECTORS
+#define NATIVE_VECTORS
+
 #include <stdint.h>
 
 #define INLINE static inline __attribute__((always_inline))
+#define UNROLLED _Pragma("GCC unroll 16")
 typedef float floats __attribute__((vector_size(64), aligned(4), may_alias));
+/* As many as a register holds: what sums stay in while a loop runs. */
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t ints __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint16_t halves __attribute__((vector_size(32), aligned(2), may_alias));
 typedef int8_t bytes __attribute__((vector_size(16), aligned(1), may_alias));
@@ -28,3 +41,5 @@ INLINE floats exponential(floats x) {
     y = y * (r * r) + r + 1.0f;
     return (floats)((ints)y + k);
 }
+
+#endif

@@ -27,6 +27,7 @@ from chainrule.pipeline.data.tokens import TokenSet
 from chainrule.pipeline.devices import synchronise
 from chainrule.pipeline.models import native
 from chainrule.pipeline.models.contract import Autoregressive
+from chainrule.pipeline.models.decoder import Decoder
 from chainrule.pipeline.models.registry import build
 from chainrule.pipeline.stage import Stage
 from chainrule.pipeline.training.engine import Engine, EngineSettings, Precision
@@ -200,7 +201,8 @@ def bare_step(
 ) -> Step:
     """A loop of a few lines around the same module."""
     model = build({"family": "gpt2", **shape, "bos": 0}, seed=0).to(device).train()
-    if compiled:
+    assert isinstance(model, Decoder)
+    if compiled and not model.is_faster_uncompiled(device, precision):
         model.compile()
     settings = OptimizerSettings()
     groups = parameter_groups(model, settings)

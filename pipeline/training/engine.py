@@ -22,6 +22,7 @@ DeepSpeed 0.19, each seen happening):
 - Several ranks under `single` would train the same data several times. Refused.
 """
 
+import gc
 import math
 import os
 import socket
@@ -60,7 +61,9 @@ class EngineSettings(Settings):
     offload_parameters: Literal["none", "cpu", "nvme"] = "none"
     nvme_path: str | None = Field(None, description="folder on a local NVMe disk")
     activation_checkpointing: bool = Field(False, description="recompute blocks in backward")
-    compile: bool = Field(False, description="torch.compile the model")
+    compile: bool = Field(
+        False, description="torch.compile the model (a Transformer in fp32 on a CPU is faster in C)"
+    )
     deterministic: bool = Field(True, description="deterministic GPU kernels (bit-for-bit resume)")
     asynchronous_checkpoints: bool = True
 
@@ -202,7 +205,8 @@ class Engine:
                 model.activation_checkpointing = True  # type: ignore[assignment]
             else:
                 checkpoint_activations(model)
-        if self.settings.compile:
+        faster_uncompiled = getattr(model, "is_faster_uncompiled", lambda *_: False)
+        if self.settings.compile and not faster_uncompiled(self.device, self.precision):
             model.compile()
         self.module = model
         self.parameters: list[tuple[str, Any]] = [
@@ -223,6 +227,10 @@ class Engine:
             if self.stage == 0:
                 self.optimizer = self.wrapped.optimizer
         self.wrapped.train()
+        # What is there by now stays: collections of garbage, which a step's graph sets off, need
+        # not go through all modules each time (3 to 5 % of a small step).
+        gc.collect()
+        gc.freeze()
         return self.wrapped
 
     def _guard_overflow(self) -> None:
@@ -263,6 +271,7 @@ class Engine:
         """
         from accelerate.state import AcceleratorState
 
+        gc.unfreeze()
         if self._owns_group and dist.is_initialized():
             dist.destroy_process_group()
         AcceleratorState._reset_state(reset_partial_state=True)

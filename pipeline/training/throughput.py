@@ -1,18 +1,19 @@
 """How fast it goes, beside what the machine could do."""
 
+import itertools
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from chainrule.pipeline.devices import synchronise
+from chainrule.pipeline.models import native, native_product
 from chainrule.pipeline.models.contract import Autoregressive
-from chainrule.pipeline.models.kernels import product
 
 PEAK_WITHIN_S = 0.4
 CHECKPOINT_SHARE = 0.05
@@ -72,15 +73,17 @@ def measured_peak(device: torch.device, precision: str) -> float:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     sizes = (8192,) if device.type == "cuda" else (512, 1024)
     factors = [torch.ones(size, size, dtype=dtype, device=device) for size in sizes]
-    # On a CPU by the library that training multiplies with.
-    multiply = product if device.type == "cpu" and dtype is torch.float32 else torch.matmul
+    multiply: list[Callable[[Tensor, Tensor], Tensor]] = [torch.matmul]
+    with native.allowed():
+        if native_product.ready(factors[0], factors[0]):
+            multiply.append(native_product.product)
     best = 0.0
     until = time.perf_counter() + PEAK_WITHIN_S
     while time.perf_counter() < until or best == 0.0:
-        for a in factors:
+        for a, way in itertools.product(factors, multiply):
             synchronise(device)
             began = time.perf_counter()
-            multiply(a, a)
+            way(a, a)
             synchronise(device)
             best = max(best, 2.0 * len(a) ** 3 / (time.perf_counter() - began))
     return best
