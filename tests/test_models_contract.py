@@ -158,7 +158,7 @@ def _with_local(model: WaveNet) -> Autoregressive:
     features = torch.randn(1, frames, model.config.local_width)
 
     def conditionals_given(x: Tensor, cond: Tensor | None = None) -> Conditional:
-        rows = len(x) if x.dim() else 1
+        rows = len(x) if torch.as_tensor(x).dim() else 1
         return conditionals(x, cond, local=features.expand(rows, -1, -1))
 
     def log_prob_given(x: Tensor, cond: Tensor | None = None) -> Tensor:
@@ -595,6 +595,9 @@ def _bad(model: Autoregressive) -> dict[str, tuple[Any, str]]:
     flat = len(model.event_shape) == 1
     bad = {
         "shape": (lambda: model.log_prob(too_long), rf"x has shape \(2, {too_long.shape[1]}\)"),
+        "array": (lambda: model.log_prob(x.numpy()), "x is a ndarray: .*torch.Tensor"),  # type: ignore[arg-type]
+        "list": (lambda: model.log_prob(x.tolist()), "x is a list: .*torch.Tensor"),
+        "cursor array": (lambda: model.cursor(2).advance(sequence.numpy()), "x is a ndarray"),  # type: ignore[arg-type]
         "no batch": (lambda: model.log_prob(x[0] if not flat else x[0, 0]), "x has shape"),
         "past the end": (
             lambda: model.cursor(2).advance(too_long),
@@ -640,6 +643,7 @@ def _bad(model: Autoregressive) -> dict[str, tuple[Any, str]]:
         given = torch.tensor([0, classes])
         words = rf"cond holds {classes}: classes are 0\.\.{classes - 1}"
         bad["class"] = (lambda: model.log_prob(x, given), words)
+        bad["class list"] = (lambda: model.log_prob(x, [0, 0]), "cond is a list")  # type: ignore[arg-type]
         bad["cursor class"] = (lambda: model.cursor(2, given), words)
         bad["classes"] = (lambda: model.log_prob(x, given[:1] - 1), r"cond has shape \(1,\)")
     return bad

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from chainrule.pipeline.models.contract import Conditional, Cursor
-from chainrule.pipeline.models.inputs import check_values
+from chainrule.pipeline.models.inputs import check_tensor, check_values
 
 
 class CachedCursor(Cursor):
@@ -55,6 +55,7 @@ class CachedCursor(Cursor):
 
     @torch.no_grad()
     def advance(self, x: Tensor) -> Conditional:
+        check_tensor("x", x)
         if x.dim() != 2 or len(x) != self.batch:
             raise ValueError(f"x has shape {tuple(x.shape)}: the cursor takes ({self.batch}, k)")
         x = check_values(x, self.vocabulary_size)

@@ -28,6 +28,7 @@ def check_elements(
     0..vocabulary_size-1. `shorter`: a sequence may have fewer elements than the event.
 
     Returns `x`, discrete elements as int64."""
+    check_tensor("x", x)
     fits = tuple(x.shape[1:]) == tuple(event_shape)
     if shorter and x.dim() == 2 and len(event_shape) == 1:
         fits = x.shape[1] <= event_shape[0]
@@ -36,6 +37,15 @@ def check_elements(
         few = " or shorter" if shorter else ""
         raise ValueError(f"x has shape {tuple(x.shape)}: the model takes (batch, {wanted}){few}")
     return check_values(x, vocabulary_size)
+
+
+def check_tensor(name: str, value: Any) -> None:
+    """ValueError for an array or a list, which torch's operations would take apart in places."""
+    if not isinstance(value, Tensor):
+        raise ValueError(
+            f"{name} is a {type(value).__name__}: the model takes a torch.Tensor "
+            f"(torch.as_tensor({name}))"
+        )
 
 
 def check_values(x: Tensor, vocabulary_size: int | None) -> Tensor:
@@ -73,6 +83,7 @@ def check_condition(cond: Tensor | None, classes: int | None, batch: int) -> Ten
         return None
     if classes is None:
         raise ValueError("cond was given: the model was built without classes")
+    check_tensor("cond", cond)
     if cond.dtype.is_floating_point or tuple(cond.shape) != (batch,):
         raise ValueError(
             f"cond has shape {tuple(cond.shape)} and dtype {cond.dtype}: "
@@ -100,6 +111,7 @@ def check_captions(cond: Tensor | None, captions: Captions, batch: int) -> Tenso
     end; all -1 is no caption. Returned as int64 (B, captions.length), or None."""
     if cond is None:
         return None
+    check_tensor("cond", cond)
     fits = cond.dim() == 2 and len(cond) == batch and cond.shape[1] <= captions.length
     if cond.dtype.is_floating_point or cond.dtype == torch.bool or not fits:
         raise ValueError(
