@@ -346,6 +346,22 @@ def test_a_block_by_hand_is_the_block(name: str, packed: bool) -> None:
 
 
 @needs_compiler
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_what_torch_makes_by_default_does_not_matter(name: str) -> None:
+    model, x = of_training(name)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            with native.allowed():
+                loss = model(x).mean()
+            found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@needs_compiler
 def test_a_block_that_is_watched_or_drops_out_is_taken_in_parts() -> None:
     model, x = of_training("llama")
 

@@ -54,9 +54,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, first: Tensor) -> tuple[Tensor, T
     first[t] to t, `first` (B, T) int64, contiguous, never falling.
     """
     batch, heads, length, width = q.shape
-    y = torch.empty(batch, length, heads, width).transpose(1, 2)
-    logs = torch.empty(batch, heads, length)
-    threads, room = _room(length, width)
+    y = q.new_empty(batch, length, heads, width).transpose(1, 2)
+    logs = q.new_empty(batch, heads, length)
+    threads, room = _room(q, length, width)
     _library().attention(
         batch,
         heads,
@@ -76,9 +76,9 @@ def attention_backward(
     """The gradients by q, k and v side by side: (B, T, H + 2K, d), contiguous."""
     batch, heads, length, width = q.shape
     kv_heads = k.shape[1]
-    together = torch.empty(batch, length, heads + 2 * kv_heads, width)
+    together = q.new_empty(batch, length, heads + 2 * kv_heads, width)
     by_q, by_k, by_v = split(together, heads, kv_heads)
-    threads, room = _room(length, width)
+    threads, room = _room(q, length, width)
     _library().attention_backward(
         batch,
         heads,
@@ -118,9 +118,9 @@ class AttentionInC(torch.autograd.Function):
         return by_q, by_k, by_v, None
 
 
-def _room(length: int, width: int) -> tuple[int, Tensor]:
+def _room(like: Tensor, length: int, width: int) -> tuple[int, Tensor]:
     threads = torch.get_num_threads()
-    return threads, torch.empty(threads * _library().attention_room(length, width))
+    return threads, like.new_empty(threads * _library().attention_room(length, width))
 
 
 def _strides(*tensors: Tensor) -> Any:

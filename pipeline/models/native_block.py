@@ -127,10 +127,10 @@ class BlockInC(torch.autograd.Function):
         x = x.contiguous()
         rope = None if rope is None else rope.contiguous()
         block = _block(x, rope, first, shape, weights)
-        saved = _allocate(block, _saved_sizes(block))
+        saved = _allocate(x, block, _saved_sizes(block))
         y = torch.empty_like(x)
         block.y = y.data_ptr()
-        _run(block, back=False)
+        _run(x, block, back=False)
         ctx.save_for_backward(x, rope, first, *weights, *saved)
         ctx.shape = shape
         return y
@@ -143,14 +143,14 @@ class BlockInC(torch.autograd.Function):
         gradient = gradient.contiguous()
         block = _block(x, rope, first, ctx.shape, weights)
         _place(block, _saved_sizes(block), saved)
-        work = _allocate(block, _gradient_sizes(block))
+        work = _allocate(x, block, _gradient_sizes(block))
         by_x = torch.empty_like(x)
         by_weights = [None if weight is None else torch.empty_like(weight) for weight in weights]
         block.gradient, block.by_x = native.addresses(gradient, by_x)
         for part, by_weight, by_bias in zip(_PARTS, by_weights[::2], by_weights[1::2], strict=True):
             at = getattr(block, part)
             at.by_weight, at.by_bias = native.addresses(by_weight, by_bias)
-        _run(block, back=True)
+        _run(x, block, back=True)
         del work  # until now the block wrote into it
         return by_x, None, None, None, *by_weights
 
@@ -208,9 +208,9 @@ def _gradient_sizes(block: _Block) -> dict[str, int]:
     }
 
 
-def _allocate(block: _Block, sizes: dict[str, int]) -> list[Tensor]:
+def _allocate(like: Tensor, block: _Block, sizes: dict[str, int]) -> list[Tensor]:
     """A tensor each: in one, they would be so large that malloc gave them back to the kernel."""
-    tensors = [torch.empty(size) for size in sizes.values()]
+    tensors = [like.new_empty(size) for size in sizes.values()]
     _place(block, sizes, tensors)
     return tensors
 
@@ -222,7 +222,7 @@ def _place(block: _Block, sizes: dict[str, int], tensors: list[Tensor]) -> None:
         block.mlp_normed = block.normed
 
 
-def _run(block: _Block, back: bool) -> None:
+def _run(like: Tensor, block: _Block, back: bool) -> None:
     library, at = _library(), ctypes.addressof(block)
-    room = torch.empty(library.block_room(at, back))
+    room = like.new_empty(library.block_room(at, back))
     (library.block_backward if back else library.block_forward)(at, room.data_ptr())

@@ -32,8 +32,8 @@ def ready(x: Tensor, weight: Tensor) -> bool:
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a (m, k) b (k, n) + bias (n). a or its transpose is contiguous; b has any strides."""
     (m, k), n = a.shape, b.shape[1]
-    y, threads = torch.empty(m, n), torch.get_num_threads()
-    room = torch.empty(_library().product_room(n, k, threads))
+    y, threads = a.new_empty(m, n), torch.get_num_threads()
+    room = a.new_empty(_library().product_room(n, k, threads))
     _library().product(
         m,
         n,

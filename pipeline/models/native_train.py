@@ -48,7 +48,7 @@ def ready(x: Tensor) -> bool:
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """x (..., n) normed, and the factor of each row. All are contiguous, here and below."""
     n = x.shape[-1]
-    y, scale = torch.empty_like(x), torch.empty(x.numel() // n)
+    y, scale = torch.empty_like(x), x.new_empty(x.numel() // n)
     _library().rms_norm(
         len(scale), n, torch.get_num_threads(), epsilon, *addresses(x, weight, scale, y)
     )
@@ -60,7 +60,7 @@ def rms_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """By x and by weight."""
     n = x.shape[-1]
-    by_x, by_weight = torch.empty_like(x), torch.empty(PARTS + 1, n)
+    by_x, by_weight = torch.empty_like(x), x.new_empty(PARTS + 1, n)
     _library().rms_norm_backward(
         len(scale),
         n,
@@ -74,7 +74,7 @@ def rms_norm_backward(
 def activation(x: Tensor, name: str) -> Tensor:
     """x (..., parts * n) to (..., n) by the C function of that name."""
     n = x.shape[-1] // ACTIVATIONS[name]
-    y = torch.empty(*x.shape[:-1], n)
+    y = x.new_empty(*x.shape[:-1], n)
     getattr(_library(), name)(y.numel() // n, n, torch.get_num_threads(), *addresses(x, y))
     return y
 
@@ -94,8 +94,8 @@ def split_heads(
     (2, T, 1, d)."""
     batch, length, _ = qkv.shape
     width = rope.shape[-1]
-    q = torch.empty(batch, length, heads, width)
-    k, v = (torch.empty(batch, length, kv_heads, width) for _ in range(2))
+    q = qkv.new_empty(batch, length, heads, width)
+    k, v = (qkv.new_empty(batch, length, kv_heads, width) for _ in range(2))
     sizes = (batch, length, heads, kv_heads, width)
     _library().split_heads(*sizes, torch.get_num_threads(), *addresses(rope, qkv, q, k, v))
     return q, k, v
@@ -169,6 +169,6 @@ class SplitHeadsInC(torch.autograd.Function):
     def backward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None, None, None]:
         (rope,) = ctx.saved_tensors
         q, k, v = (g if g.stride(-1) == 1 else g.contiguous() for g in (q, k, v))
-        result = torch.empty(ctx.shape)
+        result = rope.new_empty(ctx.shape)
         join_heads(q, k, v, rope, result)
         return result, None, None, None
