@@ -9,8 +9,7 @@ and any number of workers writes the same bytes. An input that cannot be used is
 
 import math
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from multiprocessing import get_context
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +32,7 @@ from chainrule.pipeline.data.shards import (
     read_skipped_again,
 )
 from chainrule.pipeline.data.text import PythonStdlib, Text
+from chainrule.pipeline.processes import worker_processes
 from chainrule.pipeline.stage import Input, Stage, StageFailed, say
 
 INPUTS: dict[str, Input] = {}
@@ -177,7 +177,7 @@ def _write_all(
         for number in missing:
             yield number, _write(config, source, folder, number, *shards[number])
         return
-    with ProcessPoolExecutor(config.workers, get_context("spawn"), _open, (config,)) as pool:
+    with worker_processes(config.workers, _open, config) as pool:
         pending: dict[Future[dict[str, Any]], int] = {}
         while missing or pending:
             while missing and len(pending) < 2 * config.workers:

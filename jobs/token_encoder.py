@@ -1,6 +1,6 @@
 """What pretokenize does at once: samples are decoded while those before them become tokens.
 
-    shard --batches_of--> pieces (threads that decode) --encoded--> tokens (threads that encode)
+    shard --batches_of--> pieces (who decodes) --encoded--> tokens (threads that encode)
 
 Order is kept, so that a shard's bytes do not depend on who is faster.
 """
@@ -9,81 +9,49 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 
-from chainrule.pipeline.data.reader import Sample, Shards
+from chainrule.jobs.piece_decoder import Piece, Submit
 from chainrule.tokenizers.autoencoder import AutoencoderTokenizer
 from chainrule.tokenizers.interface import Tokenizer, TokenizerError
-from chainrule.tokenizers.views import Views
 
 DECODED_AT_ONCE = 16
-"""Samples that a decoding thread takes at once, at most."""
+"""Samples that are decoded in one task, at most."""
 PIXELS_AT_ONCE = 1 << 21
 """Pixels that are encoded at once on a CPU, unless a single batch has more."""
 
 
-@dataclass
-class Piece:
-    """One sample to write: its key's number, what it holds, or why it cannot be used."""
-
-    number: int
-    where: str
-    meta: dict[str, Any]
-    raw_bytes: int
-    raw: Any
-    fault: str | None = None
-
-
 def batches_of(
-    shards: Shards, number: int, batch_size: int, workers: int, views: Views | None
+    submit: Submit, number: int, samples: int, batch_size: int, workers: int
 ) -> Generator[list[Piece], None, None]:
-    """What a shard's samples are made into, decoded by `workers` threads, in batches."""
-    modality, split = shards.modality, shards.entries[number]["split"]
-    each = views.count(split) if views is not None else 1
-
-    def decode(sample: Sample) -> list[Piece]:
-        first, where = int(sample.key) * each, str(sample.meta.get("source", sample.key))
-        raw_bytes = len(sample.members["txt"]) if modality == "text" else 0
-        meta = {**sample.meta, "bytes": raw_bytes} if modality == "text" else sample.meta
-        try:
-            raw = sample.raw(modality)
-            if views is None:
-                return [Piece(first, where, meta, raw_bytes, raw)]
-            return [
-                Piece(first + i, where, {**meta, **done}, raw_bytes, view)
-                for i, (done, view) in enumerate(views.of(raw, split))
-            ]
-        except (OSError, ValueError, KeyError, SyntaxError) as error:
-            fault = str(error) if isinstance(error, TokenizerError) else repr(error)
-            return [Piece(first, where, meta, raw_bytes, None, fault)]
-
-    def decode_some(some: list[Sample]) -> list[Piece]:
-        return [piece for sample in some for piece in decode(sample)]
-
+    """What a shard's samples are made into, decoded by `workers`, in batches."""
     # several samples a task: handing one over costs as much as decoding a small picture
     at_once = max(1, min(DECODED_AT_ONCE, batch_size // workers))
+    starts = iter(range(0, samples, at_once))
+    pending: deque[Future[list[Piece]]] = deque()
     batch: list[Piece] = []
-    with ThreadPoolExecutor(workers, "decode") as pool:
-        pending: deque[Future[list[Piece]]] = deque()
-        samples = shards.iterate_shard(number)
+    try:
         while True:
             while len(pending) * at_once < 2 * batch_size:
-                some = list(islice(samples, at_once))
-                if not some:
+                start = next(starts, None)
+                if start is None:
                     break
-                pending.append(pool.submit(decode_some, some))
+                pending.append(submit(number, start, min(start + at_once, samples)))
             if not pending:
                 break
             batch += pending.popleft().result()
             while len(batch) >= batch_size:
                 yield batch[:batch_size]
                 batch = batch[batch_size:]
-    if batch:
-        yield batch
+        if batch:
+            yield batch
+    finally:
+        for future in pending:
+            future.cancel()
 
 
 def encoded(

@@ -185,6 +185,13 @@ def test_three_workers_in_any_order_write_what_one_writes(
     assert contents(tmp_path) == quiet
 
 
+def test_processes_that_decode_change_no_byte(
+    quiet: dict[str, bytes], digits: Artifact, vqvae: Artifact, tmp_path: Path
+) -> None:
+    run(tmp_path, digits, vqvae, workers=2)
+    assert contents(tmp_path) == quiet
+
+
 def test_rank_0_names_the_shard_that_a_worker_never_wrote(
     digits: Artifact, vqvae: Artifact, tmp_path: Path
 ) -> None:

@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from chainrule.pipeline import build
-from chainrule.pipeline.models import native, native_attention, native_product, native_steps
+from chainrule.pipeline.models import (
+    native,
+    native_attention,
+    native_block,
+    native_product,
+    native_steps,
+)
 from chainrule.pipeline.models.attention import FullAttention, visible
 from chainrule.pipeline.models.decoder import Decoder
 from chainrule.pipeline.models.kernels import (
@@ -346,6 +352,61 @@ def test_a_block_by_hand_is_the_block(name: str, packed: bool) -> None:
 
 
 @needs_compiler
+def test_a_block_is_one_where_that_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = of_training("llama")
+    with native.allowed():
+        assert blocks_by_hand(model(x)) == 2
+        assert blocks_by_hand(model(x[:1, :3])) == 0
+        monkeypatch.setattr(native_block, "MOST_WEIGHTS", 1000)
+        assert blocks_by_hand(model(x)) == 0
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["llama", "falcon"])
+def test_a_block_gives_the_same_bits_on_any_number_of_threads(name: str) -> None:
+    model, x = of_training(name)
+    x = x.repeat(4, 1)
+    model.final_norm = torch.nn.Identity()  # LayerNorm is torch's
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        try:
+            with native.allowed():
+                loss = model(x).double().sum()
+            assert blocks_by_hand(loss) == 2
+            found.append(torch.autograd.grad(loss, list(model.blocks.parameters())))
+        finally:
+            torch.set_num_threads(before)
+    for more in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], more, strict=True))
+
+
+@needs_compiler
+def test_of_frozen_weights_no_gradient_is_made() -> None:
+    model, x = of_training("gpt2")
+    weights = dict(model.named_parameters())
+    with native.allowed():
+        wanted = torch.autograd.grad(model(x).mean(), list(weights.values()))
+        for name, weight in weights.items():
+            weight.requires_grad_("mlp" not in name)
+        loss = model(x).mean()
+        assert blocks_by_hand(loss) == 2
+        loss.backward()
+    for (name, weight), gradient in zip(weights.items(), wanted, strict=True):
+        assert weight.grad is None if "mlp" in name else torch.equal(weight.grad, gradient), name
+
+
+@needs_compiler
+def test_what_is_no_number_stays_so() -> None:
+    """Whatever its bits are: a GPU's have all of them set."""
+    q, k, v = (torch.randn(2, 1, 8, 16) for _ in range(3))
+    k.view(torch.int32)[:, :, 3] = 0x7FFFFFFF
+    first = torch.zeros(2, 8, dtype=torch.long)
+    y, _ = native_attention.attention(q, k, v, first)
+    assert y[:, :, 3:].isnan().all()
+
+
+@needs_compiler
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_what_torch_makes_by_default_does_not_matter(name: str) -> None:
     model, x = of_training(name)
@@ -377,6 +438,22 @@ def test_a_block_that_is_watched_or_drops_out_is_taken_in_parts() -> None:
         assert by_hand() == 1
         assert called
         hook.remove()
+    first.mlp.forward = first.mlp.forward
+    assert by_hand() == 1
+    del first.mlp.forward
+    first.attention_norm.epsilon *= 2
+    assert by_hand() == 1
+    first.attention_norm.epsilon /= 2
+    plain, first.attention = (
+        first.attention,
+        type("Other", (type(first.attention),), {})(model.config, 0),
+    )
+    assert by_hand() == 1
+    first.attention = plain
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert by_hand() == 0
+    hook.remove()
+    assert by_hand() == 2
     plain, first.mlp.input = first.mlp.input, torch.nn.utils.skip_init(torch.nn.Linear, 1, 1)
     first.mlp.input.weight = torch.nn.Parameter(plain.weight.detach() + 0)
     first.mlp.input.bias = None

@@ -262,14 +262,17 @@ class Shards:
 
     def iterate_shard(self, number: int, start: int = 0) -> Iterator[Sample]:
         """Samples of one shard in order; its sha256 and its count are checked at the end."""
-        entry = self.entries[number]
         damaged = self.damaged
-        for row in range(start, entry["samples"]):
+        yield from self.rows(number, start, self.entries[number]["samples"])
+        if start == 0 and damaged == self.damaged:
+            self.check(number)
+
+    def rows(self, number: int, start: int, stop: int) -> Iterator[Sample]:
+        """Samples start..stop-1 of one shard, those left out that are damaged (skip-and-count)."""
+        for row in range(start, stop):
             sample = self._read(number, row)
             if sample is not None:
                 yield sample
-        if start == 0 and damaged == self.damaged:
-            self.check(number)
 
     def check(self, number: int) -> None:
         """Compare a shard's and its offsets' sha256 with the index; ShardError."""

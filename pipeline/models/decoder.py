@@ -141,7 +141,8 @@ class Block(nn.Module):
         self, x_BTD: Tensor, rope: Tensor | None, attend: Attend, dropout: float = 0.0
     ) -> Tensor:
         if dropout == 0 and isinstance(attend, FullAttention) and attend.dropout == 0:
-            weights = self._weights() if native_block.fits(x_BTD, self.shape) else None
+            fits = native_block.fits(x_BTD, self.shape)
+            weights = self._weights(x_BTD, rope) if fits else None
             if weights is not None:
                 first = attend.first(len(x_BTD))
                 y: Tensor = native_block.BlockInC.apply(x_BTD, rope, first, self.shape, *weights)
@@ -156,18 +157,14 @@ class Block(nn.Module):
         assert self.mlp_norm is not None
         return x_BTD + _drop(self.mlp(self.mlp_norm(x_BTD)), dropout)
 
-    def _weights(self) -> list[Tensor | None] | None:
-        if native_block.is_watched(self.attention) or native_block.is_watched(self.mlp):
-            return None
+    def _weights(self, x: Tensor, rope: Tensor | None) -> list[Tensor | None] | None:
+        for part, kind in ((self.attention, Attention), (self.mlp, MLP)):
+            if type(part) is not kind or native_block.is_watched(part):
+                return None
+        attention, mlp = self.attention, self.mlp
+        parts = (self.attention_norm, attention.qkv, attention.output)
         return native_block.weights_of(
-            [
-                self.attention_norm,
-                self.attention.qkv,
-                self.attention.output,
-                self.mlp_norm,
-                self.mlp.input,
-                self.mlp.output,
-            ]
+            x, rope, (*parts, self.mlp_norm, mlp.input, mlp.output), self.shape
         )
 
 
@@ -253,9 +250,11 @@ class Decoder(Autoregressive):
             self.head.weight = self.embedding.weight  # type: ignore[assignment]
 
     def is_faster_uncompiled(self, device: torch.device, precision: str) -> bool:
-        """Whether blocks are trained in C (native_block.py): in 0.8 of the time that
-        torch.compile's take."""
+        """Whether blocks are trained in C (native_block.py), in 0.8 of the time that they take
+        compiled. (A batch of very few rows is not.)"""
         config = self.config
+        if sum(p.numel() for p in self.blocks[0].parameters()) > native_block.MOST_WEIGHTS:
+            return False
         if device.type != "cpu" or precision != "fp32" or config.head_width % 16:
             return False
         if config.dropout or config.attention_dropout or config.inputs > native_attention.LONGEST:

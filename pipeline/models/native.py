@@ -15,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -56,6 +57,18 @@ def is_exact_on_cpu(x: Tensor) -> bool:
     )
 
 
+_rooms = threading.local()
+
+
+def room(floats: int) -> Tensor:
+    """Memory to work in, kept by each thread: malloc gives what is large back to the kernel, and
+    its pages would come anew for every call. What is in it lasts until the next call."""
+    held: Tensor | None = getattr(_rooms, "held", None)
+    if held is None or held.numel() < floats:
+        held = _rooms.held = torch.empty(floats, dtype=torch.float32, device="cpu")
+    return held
+
+
 def addresses(*tensors: Tensor | None) -> list[int | None]:
     """Where the numbers of each tensor are."""
     return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
@@ -76,9 +89,13 @@ def functions(source: Path, signatures: dict[str, str]) -> Any:
 
 
 def load(source: Path) -> ctypes.CDLL | None:
-    """A source as a library, built where it is not yet; None without a compiler."""
+    """A source as a library, built where it is not yet; None without a compiler, and where what
+    was built cannot be loaded (cut short, a cache on a file system without execution)."""
     path = _build(source)
-    return None if path is None else ctypes.CDLL(str(path))
+    try:
+        return None if path is None else ctypes.CDLL(str(path))
+    except OSError:
+        return None
 
 
 def _build(source: Path) -> Path | None:

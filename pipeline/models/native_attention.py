@@ -56,7 +56,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, first: Tensor) -> tuple[Tensor, T
     batch, heads, length, width = q.shape
     y = q.new_empty(batch, length, heads, width).transpose(1, 2)
     logs = q.new_empty(batch, heads, length)
-    threads, room = _room(q, length, width)
+    threads, room = _room(length, width)
     _library().attention(
         batch,
         heads,
@@ -78,7 +78,7 @@ def attention_backward(
     kv_heads = k.shape[1]
     together = q.new_empty(batch, length, heads + 2 * kv_heads, width)
     by_q, by_k, by_v = split(together, heads, kv_heads)
-    threads, room = _room(q, length, width)
+    threads, room = _room(length, width)
     _library().attention_backward(
         batch,
         heads,
@@ -118,9 +118,9 @@ class AttentionInC(torch.autograd.Function):
         return by_q, by_k, by_v, None
 
 
-def _room(like: Tensor, length: int, width: int) -> tuple[int, Tensor]:
+def _room(length: int, width: int) -> tuple[int, Tensor]:
     threads = torch.get_num_threads()
-    return threads, like.new_empty(threads * _library().attention_room(length, width))
+    return threads, native.room(threads * _library().attention_room(length, width))
 
 
 def _strides(*tensors: Tensor) -> Any:

@@ -2,7 +2,8 @@
    what it computes; decoder.py has it in torch's words.
 
    A thread takes a few rows from one product to the next while they are in its cache, and waits for
-   the others before and after attention only. No sum depends on the number of threads. */
+   the others before and after attention only (and where weights are laid out, and their gradients
+   summed). No sum depends on the number of threads. */
 
 #include "native_attention.c"
 #include "native_product.c"
@@ -11,7 +12,7 @@
 #define CHUNK 48 /* rows that a thread takes from one product to the next */
 
 /* A linear layer (outputs, inputs) or a norm (width); bias may be missing, and so may the norm of
-   the MLP, which then has the other's. by_: gradients. */
+   the MLP, which then has the other's. by_: gradients, where they are wanted. */
 typedef struct { const float *weight, *bias; float *by_weight, *by_bias; } part;
 
 /* R rows: B sequences of T. Q: the width of q, k and v together, H that of the MLP's first layer. */
@@ -59,7 +60,8 @@ static void layers_of(const block *b, int back, through *all) {
     }
 }
 
-/* Floats of a thread: rows of a product gathered, rows between two products, attention. */
+/* Floats of a thread: rows of a product gathered, and on the way back rows by_active, then by_normed;
+   or attention, which comes between. */
 static int64_t gathered_room(void) { return (BLOCK + TILE_ROWS) * DEPTH; }
 
 static int64_t thread_room(const block *b) {
@@ -219,9 +221,10 @@ void block_forward(const block *b, float *room) {
 static void by_layer(const block *b, const part *layer, int64_t outputs, int64_t inputs,
                      const float *gradient, const float *x, float *room) {
     int64_t rows = b->batch * b->length;
-    product(outputs, inputs, rows, b->threads, gradient, 1, outputs, x, inputs, 1, NULL,
-            layer->by_weight, room);
-    if (!layer->bias) return;
+    if (layer->by_weight)
+        product(outputs, inputs, rows, b->threads, gradient, 1, outputs, x, inputs, 1, NULL,
+                layer->by_weight, room);
+    if (!layer->by_bias) return;
     _Pragma("omp parallel for num_threads((int)b->threads) if (b->threads > 1) schedule(static)")
     for (int64_t column = 0; column < outputs; column += 64) {
         int64_t width = least(64, outputs - column);
@@ -234,11 +237,11 @@ static void by_layer(const block *b, const part *layer, int64_t outputs, int64_t
 /* What the chunks summed, in their order. */
 static void by_norm(const block *b, const part *norm, const float *sums) {
     int64_t n = b->width;
-    memset(norm->by_weight, 0, n * sizeof(float));
-    if (norm->bias) memset(norm->by_bias, 0, n * sizeof(float));
+    if (norm->by_weight) memset(norm->by_weight, 0, n * sizeof(float));
+    if (norm->by_bias) memset(norm->by_bias, 0, n * sizeof(float));
     for (int64_t chunk = 0; chunk < chunks_of(b); chunk++, sums += 8 * n) {
-        add_rows(n, sums, norm->by_weight);
-        if (norm->bias) add_rows(n, sums + n, norm->by_bias);
+        if (norm->by_weight) add_rows(n, sums, norm->by_weight);
+        if (norm->by_bias) add_rows(n, sums + n, norm->by_bias);
     }
 }
 

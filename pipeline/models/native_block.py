@@ -8,6 +8,7 @@ Legend: B batch, T inputs, D width, H heads, K key/value heads, d width of a hea
 """
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -37,42 +38,77 @@ class Shape:
     epsilon: float
 
 
+LEAST_ROWS = 48
+"""Rows a thread from which a block is faster as one (CHUNK of native_block.c)."""
+MOST_WEIGHTS = 5 << 19
+"""Weights up to which it is: every chunk of rows reads them all, and they should be in a cache."""
+
+
 def fits(x: Tensor, shape: Shape) -> bool:
     """Whether a block of inputs x (B, T, D) may be taken as one."""
-    return native_attention.fits(x, x.shape[1], shape.head_width, shape.kv_heads) and is_built()
+    batch, length, _ = x.shape
+    return (
+        batch * length >= LEAST_ROWS * torch.get_num_threads()
+        and native_attention.fits(x, length, shape.head_width, shape.kv_heads)
+        and is_built()
+    )
 
 
 def is_built() -> bool:
     return _library() is not None
 
 
-def weights_of(parts: list[nn.Module | None]) -> list[Tensor | None] | None:
-    """Weight and bias of each of a block's norms and layers; None where any is not its plain
-    self: others watch it (ZeRO 3 gathers its weights when it is called), have taken its place, or
-    have it lie differently in memory."""
-    found: list[Tensor | None] = []
+def weights_of(
+    x: Tensor, rope: Tensor | None, parts: Sequence[nn.Module | None], shape: Shape
+) -> list[Tensor | None] | None:
+    """Weight and bias of each of a block's norms and layers, in the order of `_PARTS`. None where
+    any is not its plain self: others watch it (ZeRO 3 gathers its weights when it is called), have
+    taken its place, or changed what it computes; and where sizes do not agree, which torch says."""
+    found: list[Any] = []
     for part in parts:
         if part is None:
             found += [None, None]
-        elif type(part) not in (Linear, RMSNorm, nn.LayerNorm) or is_watched(part):
+            continue
+        epsilon = getattr(part, "epsilon", getattr(part, "eps", shape.epsilon))
+        if type(part) not in (Linear, RMSNorm, nn.LayerNorm) or is_watched(part):
             return None
-        else:
-            found += [part.weight, getattr(part, "bias", None)]  # type: ignore[list-item]
-    plain = (w is None or (w.dtype == torch.float32 and w.is_contiguous()) for w in found)
-    return found if all(plain) else None
+        if epsilon != shape.epsilon:
+            return None
+        found += [part.weight, getattr(part, "bias", None)]
+    norm, bias, qkv, _, output, _, mlp_norm, mlp_bias, up, _, down, _ = found
+    given = [w for w in found if w is not None]
+    width, inner = x.shape[2], shape.heads * shape.head_width
+    wanted = [
+        (norm, (width,)),
+        (qkv, (inner + 2 * shape.kv_heads * shape.head_width, width)),
+        (output, (width, inner)),
+        (mlp_norm, (width,)),
+        (up, (ACTIVATIONS[shape.activation] * down.shape[1], width)),
+        (down, (width, down.shape[1])),
+    ]
+    layer_norm = isinstance(parts[0], nn.LayerNorm)
+    agrees = (
+        all(w is None or tuple(w.shape) == sizes for w, sizes in wanted)
+        and all(w.dtype == torch.float32 and w.device.type == "cpu" for w in given)
+        and all(w.is_contiguous() for w in given)
+        and layer_norm == (bias is not None)
+        and (mlp_norm is None or layer_norm == (mlp_bias is not None))
+        and (rope is None or rope.shape[1] == x.shape[1])
+        and sum(w.numel() for w in given) <= MOST_WEIGHTS
+    )
+    return found if agrees else None
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether something is to be called when it is, or when its gradient is known."""
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
+    """Whether something is to be called when it is, when any is, or in its place."""
+    return (
+        any(getattr(module, hooks) for hooks in _HOOKS)
+        or any(getattr(torch.nn.modules.module, f"_global{hooks}") for hooks in _HOOKS)
+        or "forward" in vars(module)
     )
-    return any(hooks)
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _ACTIVATIONS = list(ACTIVATIONS)
 """In the order of the tables of native_block.c."""
 _PARTS = ("norm", "qkv", "output", "mlp_norm", "up", "down")
@@ -130,7 +166,7 @@ class BlockInC(torch.autograd.Function):
         saved = _allocate(x, block, _saved_sizes(block))
         y = torch.empty_like(x)
         block.y = y.data_ptr()
-        _run(x, block, back=False)
+        _run(block, back=False)
         ctx.save_for_backward(x, rope, first, *weights, *saved)
         ctx.shape = shape
         return y
@@ -145,18 +181,23 @@ class BlockInC(torch.autograd.Function):
         _place(block, _saved_sizes(block), saved)
         work = _allocate(x, block, _gradient_sizes(block))
         by_x = torch.empty_like(x)
-        by_weights = [None if weight is None else torch.empty_like(weight) for weight in weights]
+        wanted = ctx.needs_input_grad[-len(weights) :]
+        by_weights = [
+            torch.empty_like(weight) if needed else None
+            for weight, needed in zip(weights, wanted, strict=True)
+        ]
         block.gradient, block.by_x = native.addresses(gradient, by_x)
         for part, by_weight, by_bias in zip(_PARTS, by_weights[::2], by_weights[1::2], strict=True):
             at = getattr(block, part)
             at.by_weight, at.by_bias = native.addresses(by_weight, by_bias)
-        _run(x, block, back=True)
+        _run(block, back=True)
         del work  # until now the block wrote into it
         return by_x, None, None, None, *by_weights
 
 
 def _block(x: Tensor, rope: Tensor | None, first: Tensor, shape: Shape, weights: Any) -> _Block:
     batch, length, width = x.shape
+    up, down = weights[2 * _PARTS.index("up")], weights[2 * _PARTS.index("down")]
     rope_at, first_at, x_at = native.addresses(rope, first, x)
     pairs = zip(*(iter(native.addresses(*weights)),) * 2, strict=True)
     return _Block(
@@ -166,8 +207,8 @@ def _block(x: Tensor, rope: Tensor | None, first: Tensor, shape: Shape, weights:
         heads=shape.heads,
         kv_heads=shape.kv_heads,
         head_width=shape.head_width,
-        mlp_width=weights[10].shape[1],
-        hidden_width=len(weights[8]),
+        mlp_width=down.shape[1],
+        hidden_width=len(up),
         activation=_ACTIVATIONS.index(shape.activation),
         parallel=shape.parallel,
         threads=torch.get_num_threads(),
@@ -222,7 +263,7 @@ def _place(block: _Block, sizes: dict[str, int], tensors: list[Tensor]) -> None:
         block.mlp_normed = block.normed
 
 
-def _run(like: Tensor, block: _Block, back: bool) -> None:
+def _run(block: _Block, back: bool) -> None:
     library, at = _library(), ctypes.addressof(block)
-    room = like.new_empty(library.block_room(at, back))
+    room = native.room(library.block_room(at, back))
     (library.block_backward if back else library.block_forward)(at, room.data_ptr())

@@ -25,7 +25,7 @@ def _library() -> Any:
 
 def ready(x: Tensor, weight: Tensor) -> bool:
     """Whether products of x and weight, and their gradients, may go through C."""
-    whole = x.numel() > 0 and weight.dtype == torch.float32
+    whole = x.numel() > 0 and weight.dtype == torch.float32 and weight.device.type == "cpu"
     return whole and is_exact_on_cpu(x) and _library() is not None
 
 
@@ -33,7 +33,7 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a (m, k) b (k, n) + bias (n). a or its transpose is contiguous; b has any strides."""
     (m, k), n = a.shape, b.shape[1]
     y, threads = a.new_empty(m, n), torch.get_num_threads()
-    room = a.new_empty(_library().product_room(n, k, threads))
+    room = native.room(_library().product_room(n, k, threads))
     _library().product(
         m,
         n,
@@ -55,6 +55,8 @@ class LinearInC(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x = x.contiguous()
         ctx.save_for_backward(x, weight)
+        if bias is not None:
+            bias = bias.to(x.dtype).contiguous()
         return product(x.view(-1, x.shape[-1]), weight.t(), bias).view(*x.shape[:-1], -1)
 
     @staticmethod

@@ -28,7 +28,7 @@ INLINE floats exponential(floats x) {
     x = (floats)(((ints)x & ~low) | ((ints)(zero - 87.0f) & low));
     x = (floats)(((ints)x & ~high) | ((ints)(zero + 88.0f) & high));
     floats n = x * 1.44269504f + magic;
-    ints k = ((ints)n - (ints)magic) << 23;
+    ints power = ((ints)n - (ints)magic + 127) << 23;
     n -= magic;
     floats r = x - n * 0.693359375f;
     r += n * 2.12194440e-4f;
@@ -39,7 +39,7 @@ INLINE floats exponential(floats x) {
     y = y * r + 1.6666665459e-1f;
     y = y * r + 5.0000001201e-1f;
     y = y * (r * r) + r + 1.0f;
-    return (floats)((ints)y + k);
+    return y * (floats)power; /* what is not a number stays so */
 }
 
 #endif
