@@ -57,6 +57,7 @@ def is_exact_on_cpu(x: Tensor) -> bool:
     )
 
 
+FLAGS = ("-O3", "-march=native", "-fPIC", "-shared", "-std=gnu11")
 _rooms = threading.local()
 
 
@@ -106,19 +107,18 @@ def _build(source: Path) -> Path | None:
     digest = hashlib.sha256(source.read_bytes())
     for included in sorted(source.parent.glob("*.[ch]")):
         digest.update(included.read_bytes())
-    digest.update(f"{compiler} {platform.machine()} {_processor()}".encode())
+    digest.update(f"{compiler} {FLAGS} {platform.machine()} {_processor()}".encode())
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
     folder = Path(root) if root else _cache_folder()
     path = folder / f"{source.stem}-{digest.hexdigest()[:16]}.so"
     if path.exists():
         return path
-    flags = ["-O3", "-march=native", "-fPIC", "-shared", "-std=gnu11"]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as work:
             built = Path(work) / path.name
             for more in (["-fopenmp"], ["-fopenmp-simd"]):  # one thread where there is no OpenMP
-                command = [compiler, *flags, *more, str(source), "-o", str(built), "-lm"]
+                command = [compiler, *FLAGS, *more, str(source), "-o", str(built), "-lm"]
                 if subprocess.run(command, capture_output=True).returncode == 0:
                     built.replace(path)  # whole or not at all: others may be building it too
                     return path
