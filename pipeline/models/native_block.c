@@ -15,7 +15,7 @@
    the MLP, which then has the other's. by_: gradients, where they are wanted. */
 typedef struct { const float *weight, *bias; float *by_weight, *by_bias; } part;
 
-/* R rows: B sequences of T. Q: the width of q, k and v together, H that of the MLP's first layer. */
+/* R rows: B sequences of T. together: q, k and v side by side. */
 typedef struct {
     int64_t batch, length, width, heads, kv_heads, head_width, mlp_width, hidden_width;
     int64_t activation, parallel, threads;
@@ -149,11 +149,11 @@ static void norm_rows_backward(const block *b, const part *norm, int64_t row, in
 
 /* Turn q and k of these rows, where they stand. */
 static void turn_rows(const block *b, int64_t row, int64_t rows, float *together, float direction) {
-    int64_t d = b->head_width, q = together_width(b);
+    int64_t d = b->head_width, width = together_width(b);
     for (int64_t r = row; r < row + rows; r++) {
         const float *cos = b->rope + r % b->length * d, *sin = cos + b->length * d;
         for (int64_t h = 0; h < b->heads + b->kv_heads; h++) {
-            float *x = together + r * q + h * d;
+            float *x = together + r * width + h * d;
             turn(x, x, cos, sin, d / 2, direction);
         }
     }
@@ -166,9 +166,9 @@ static void add_rows(int64_t count, const float *x, float *to) {
 
 /* How q, k, v, y and the gradients by q, k and v stand in memory. */
 static void strides_of(const block *b, strides *by) {
-    int64_t q = together_width(b), d = b->head_width;
-    strides in_together = {b->length * q, d, q};
-    strides in_attended = {b->length * inner(b), d, inner(b)};
+    int64_t wide = together_width(b), heads = inner(b), d = b->head_width;
+    strides in_together = {b->length * wide, d, wide};
+    strides in_attended = {b->length * heads, d, heads};
     for (int i = 0; i < 7; i++) by[i] = i == 3 ? in_attended : in_together;
 }
 
@@ -180,7 +180,8 @@ static void strides_of(const block *b, strides *by) {
 
 void block_forward(const block *b, float *room) {
     int64_t total = b->batch * b->length, d = b->width, units = b->batch * b->kv_heads;
-    int64_t q = b->heads * b->head_width, k = q + b->kv_heads * b->head_width;
+    int64_t heads = inner(b);
+    const float *keys = b->together + heads, *values = keys + b->kv_heads * b->head_width;
     sizes n = {b->batch, b->heads, b->kv_heads, b->length, b->head_width};
     strides by[7];
     strides_of(b, by);
@@ -193,12 +194,13 @@ void block_forward(const block *b, float *room) {
         SHARED_OUT(chunks) {
             int64_t row = i * CHUNK, rows = least(CHUNK, total - row);
             norm_rows(b, &b->norm, row, rows, b->x, b->kept, b->normed);
-            go_through(&all[0], rows, b->normed + row * d, NULL, b->together + row * all[0].n, MINE);
+            float *together = b->together + row * together_width(b);
+            go_through(&all[0], rows, b->normed + row * d, NULL, together, MINE);
             if (b->rope) turn_rows(b, row, rows, b->together, 1);
         }
         SHARED_OUT(units) {
             int64_t batch = i / b->kv_heads;
-            forward_unit(n, batch, i % b->kv_heads, by, b->together, b->together + q, b->together + k,
+            forward_unit(n, batch, i % b->kv_heads, by, b->together, keys, values,
                          b->first + batch * b->length, b->attended, b->logs, MINE);
         }
         SHARED_OUT(chunks) {
@@ -206,7 +208,7 @@ void block_forward(const block *b, float *room) {
             float *hidden = b->hidden + row * b->hidden_width, *active = b->active + row * f;
             const float *x = b->x + row * d;
             float *middle = b->middle + row * d;
-            go_through(&all[1], rows, b->attended + row * q, x, middle, MINE);
+            go_through(&all[1], rows, b->attended + row * heads, x, middle, MINE);
             if (b->mlp_norm.weight)
                 norm_rows(b, &b->mlp_norm, row, rows, b->parallel ? b->x : b->middle, b->mlp_kept,
                           b->mlp_normed);
@@ -247,7 +249,8 @@ static void by_norm(const block *b, const part *norm, const float *sums) {
 
 void block_backward(const block *b, float *room) {
     int64_t total = b->batch * b->length, d = b->width, units = b->batch * b->kv_heads;
-    int64_t q = inner(b), k = q + b->kv_heads * b->head_width, own_norm = b->mlp_norm.weight != NULL;
+    int64_t heads = inner(b), of_values = heads + b->kv_heads * b->head_width;
+    int own_norm = b->mlp_norm.weight != NULL;
     sizes n = {b->batch, b->heads, b->kv_heads, b->length, b->head_width};
     strides by[7];
     strides_of(b, by);
@@ -277,30 +280,35 @@ void block_backward(const block *b, float *room) {
                 /* Falcon: what goes to x by the MLP does not go through attention */
                 if (!b->parallel) by_sum = by_middle;
             }
-            go_through(&all[1], rows, by_sum, NULL, b->by_attended + row * q, gathered);
+            go_through(&all[1], rows, by_sum, NULL, b->by_attended + row * heads, gathered);
         }
         SHARED_OUT(units) {
             int64_t batch = i / b->kv_heads;
-            backward_unit(n, batch, i % b->kv_heads, by, b->together, b->together + q,
-                          b->together + k, b->first + batch * b->length, b->logs, b->by_attended,
-                          b->by_together, b->by_together + q, b->by_together + k, MINE);
+            const float *x = b->together;
+            float *by_x = b->by_together;
+            backward_unit(n, batch, i % b->kv_heads, by, x, x + heads, x + of_values,
+                          b->first + batch * b->length, b->logs, b->by_attended, by_x, by_x + heads,
+                          by_x + of_values, MINE);
         }
         SHARED_OUT(chunks) {
             int64_t row = i * CHUNK, rows = least(CHUNK, total - row);
             float *gathered = MINE, *by_normed = gathered + gathered_room();
             const float *added = own_norm ? NULL : b->by_mlp_normed + row * d;
             if (b->rope) turn_rows(b, row, rows, b->by_together, -1);
-            go_through(&all[0], rows, b->by_together + row * all[0].k, added, by_normed, gathered);
-            norm_rows_backward(b, &b->norm, row, rows, by_normed, b->x, b->kept, b->by_x + row * d,
+            const float *together = b->by_together + row * together_width(b);
+            const float *beside = (own_norm ? b->by_middle : b->gradient) + row * d;
+            float *by_x = b->by_x + row * d;
+            go_through(&all[0], rows, together, added, by_normed, gathered);
+            norm_rows_backward(b, &b->norm, row, rows, by_normed, b->x, b->kept, by_x,
                                sums + 8 * i * d);
-            add_rows(rows * d, (own_norm ? b->by_middle : b->gradient) + row * d, b->by_x + row * d);
+            add_rows(rows * d, beside, by_x);
         }
     }
     by_norm(b, &b->norm, sums);
     if (own_norm) by_norm(b, &b->mlp_norm, sums + 4 * d);
     const float *by_sum = own_norm && !b->parallel ? b->by_middle : b->gradient;
     by_layer(b, &b->qkv, together_width(b), d, b->by_together, b->normed, room);
-    by_layer(b, &b->output, d, q, by_sum, b->attended, room);
+    by_layer(b, &b->output, d, heads, by_sum, b->attended, room);
     by_layer(b, &b->up, b->hidden_width, d, b->by_hidden, b->mlp_normed, room);
     by_layer(b, &b->down, d, b->mlp_width, b->gradient, b->active, room);
 }
