@@ -19,7 +19,7 @@ from chainrule.jobs.piece_decoder import Piece, Submit
 from chainrule.tokenizers.autoencoder import AutoencoderTokenizer
 from chainrule.tokenizers.interface import Tokenizer, TokenizerError
 
-DECODED_AT_ONCE = 16
+DECODED_AT_ONCE = 64
 """Samples that are decoded in one task, at most."""
 PIXELS_AT_ONCE = 1 << 21
 """Pixels that are encoded at once on a CPU, unless a single batch has more."""
@@ -86,12 +86,14 @@ def _side_by_side(tokenizer: Tokenizer, batch: Sequence[Piece], threads: int) ->
     """How many batches are encoded at once, each with its share of the threads.
 
     On a CPU a thread a batch is faster than all of them on one, and leaves room for those that
-    decode; but each batch holds its activations, so that large ones go one by one.
+    decode; one batch more has its turn while another waits for the interpreter's lock. But each
+    holds its activations, so that large ones go one by one.
     """
     if not isinstance(tokenizer, AutoencoderTokenizer) or tokenizer.device.type != "cpu":
         return 1
     pixels = _pixels(batch)
-    return max(1, min(threads, PIXELS_AT_ONCE // pixels)) if pixels else 1
+    most = threads + 1 if threads > 1 else 1
+    return max(1, min(most, PIXELS_AT_ONCE // pixels)) if pixels else 1
 
 
 def _pixels(batch: Sequence[Piece]) -> int:
