@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -73,11 +74,11 @@ def test_workers_end_with_a_job_that_is_killed(tmp_path: Path) -> None:
     assert wait_for(lambda: [w for w in workers if not is_running(int(w.name))], 2) == workers
 
 
-def wait_for(found, count: int, seconds: float = 60) -> list[Path]:  # type: ignore[no-untyped-def]
+def wait_for(found: Callable[[], list[Path]], count: int, seconds: float = 60) -> list[Path]:
     until = time.monotonic() + seconds
     while len(found()) < count and time.monotonic() < until:
         time.sleep(0.05)
-    result: list[Path] = found()
+    result = found()
     assert len(result) == count
     return result
 

@@ -255,9 +255,11 @@ class Decoder(Autoregressive):
         config = self.config
         if sum(p.numel() for p in self.blocks[0].parameters()) > native_block.MOST_WEIGHTS:
             return False
-        if device.type != "cpu" or precision != "fp32" or config.head_width % 16:
+        if device.type != "cpu" or precision != "fp32":
             return False
-        if config.dropout or config.attention_dropout or config.inputs > native_attention.LONGEST:
+        if config.dropout or config.attention_dropout:
+            return False
+        if not native_attention.suits(config.inputs, config.head_width):
             return False
         with native.allowed():
             return native.is_allowed() and native_block.is_built()

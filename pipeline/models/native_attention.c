@@ -53,7 +53,7 @@ INLINE void cell(int rows, int vectors, int64_t k, const float *a, int64_t row, 
 
 /* C (m, n) = or += A (m, k) B (k, n), n in whole sixteens; A's elements at any strides. */
 INLINE void matrices_of(int add, int64_t m, int64_t n, int64_t k, const float *a, int64_t row,
-                       int64_t column, const float *b, int64_t ldb, float *c, int64_t ldc) {
+                        int64_t column, const float *b, int64_t ldb, float *c, int64_t ldc) {
     int64_t j = 0;
     if (WIDEST >= 4) COLUMNS(4)
     if (WIDEST >= 2) COLUMNS(2)
@@ -61,12 +61,12 @@ INLINE void matrices_of(int add, int64_t m, int64_t n, int64_t k, const float *a
 }
 
 static void matrices(int64_t m, int64_t n, int64_t k, const float *a, int64_t row, int64_t column,
-                    const float *b, int64_t ldb, float *c, int64_t ldc) {
+                     const float *b, int64_t ldb, float *c, int64_t ldc) {
     matrices_of(0, m, n, k, a, row, column, b, ldb, c, ldc);
 }
 
 static void add_matrices(int64_t m, int64_t n, int64_t k, const float *a, int64_t row,
-                        int64_t column, const float *b, int64_t ldb, float *c, int64_t ldc) {
+                         int64_t column, const float *b, int64_t ldb, float *c, int64_t ldc) {
     matrices_of(1, m, n, k, a, row, column, b, ldb, c, ldc);
 }
 
@@ -151,7 +151,7 @@ static void forward_unit(sizes n, int64_t batch, int64_t kv, const strides *by, 
             int64_t rows = n.length - t < QUERIES ? n.length - t : QUERIES;
             int64_t begin = first[t] / 16 * 16, seen = t + rows - begin, columns = UP(seen);
             matrices(rows, columns, d, queries + t * by[0].time, by[0].time, 1, keys + begin, whole,
-                    scores, columns);
+                     scores, columns);
             float factors[QUERIES];
             for (int64_t i = 0; i < rows; i++) {
                 float *row = scores + i * columns;
@@ -162,7 +162,7 @@ static void forward_unit(sizes n, int64_t batch, int64_t kv, const strides *by, 
                 factors[i] = 1 / sum;
             }
             matrices(rows, d, seen, scores, columns, 1, v + begin * by[2].time, by[2].time,
-                    to + t * by[3].time, by[3].time);
+                     to + t * by[3].time, by[3].time);
             for (int64_t i = 0; i < rows; i++)
                 for (int64_t j = 0; j < d; j++) to[(t + i) * by[3].time + j] *= factors[i];
         }
@@ -224,11 +224,11 @@ static void backward_unit(sizes n, int64_t batch, int64_t kv, const strides *by,
                     *(floats *)(s + j) = *(floats *)(w + j) * (*(floats *)(s + j) - mean) * scale;
             }
             add_matrices(seen, d, rows, weights, 1, columns, given, by[3].time,
-                        by_v + begin * by[6].time, by[6].time);
+                         by_v + begin * by[6].time, by[6].time);
             add_matrices(seen, d, rows, slopes, 1, columns, some, by[0].time,
-                        by_k + begin * by[5].time, by[5].time);
+                         by_k + begin * by[5].time, by[5].time);
             matrices(rows, d, seen, slopes, columns, 1, k + begin * by[1].time, by[1].time,
-                    to + t * by[4].time, by[4].time);
+                     to + t * by[4].time, by[4].time);
         }
     }
 }

@@ -33,14 +33,18 @@ def _library() -> Any:
     )
 
 
+def suits(length: int, width: int) -> bool:
+    """Whether the C is for so many inputs and heads so wide."""
+    return width % 16 == 0 and length <= LONGEST
+
+
 def fits(x: Tensor, length: int, width: int, kv_heads: int) -> bool:
     """Whether attention goes through C when training: of what is like x (B, ...), so many inputs,
     heads so wide, so many heads of keys."""
     return (
         torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and width % 16 == 0
-        and length <= LONGEST
+        and suits(length, width)
         and len(x) * kv_heads >= torch.get_num_threads()  # each takes whole ones
         and is_exact_on_cpu(x)
         and _library() is not None

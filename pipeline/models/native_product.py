@@ -23,10 +23,16 @@ def _library() -> Any:
     return native.functions(SOURCE, {"product": "nnnn pnn pnn ppp", "product_room": "nnn->n"})
 
 
-def ready(x: Tensor, weight: Tensor) -> bool:
-    """Whether products of x and weight, and their gradients, may go through C."""
-    whole = x.numel() > 0 and weight.dtype == torch.float32 and weight.device.type == "cpu"
-    return whole and is_exact_on_cpu(x) and _library() is not None
+def ready(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether a linear layer of x, and its gradients, may go through C."""
+    given = (weight,) if bias is None else (weight, bias)
+    return (
+        x.numel() > 0
+        and all(w.dtype == torch.float32 and w.device.type == "cpu" for w in given)
+        and (bias is None or bias.is_contiguous())
+        and is_exact_on_cpu(x)
+        and _library() is not None
+    )
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -55,8 +61,6 @@ class LinearInC(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x = x.contiguous()
         ctx.save_for_backward(x, weight)
-        if bias is not None:
-            bias = bias.to(x.dtype).contiguous()
         return product(x.view(-1, x.shape[-1]), weight.t(), bias).view(*x.shape[:-1], -1)
 
     @staticmethod
