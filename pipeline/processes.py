@@ -7,12 +7,24 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import connection, parent_process
+from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any
 
 from chainrule.pipeline.stage import StageFailed
 
 LEFT_TO_THE_JOB = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+
+
+class _Worker(SpawnProcess):
+    """A broken pool ends its workers by `terminate`, a signal that these ignore."""
+
+    def terminate(self) -> None:
+        self.kill()
+
+
+class _Workers(SpawnContext):
+    Process = _Worker
 
 
 @contextmanager
@@ -23,7 +35,7 @@ def worker_processes(
 
     They are started anew, not forked: a fork has the locks of threads that it lacks.
     """
-    pool = ProcessPoolExecutor(count, get_context("spawn"), _begin, (prepare, given))
+    pool = ProcessPoolExecutor(count, _Workers(), _begin, (prepare, given))
     try:
         yield pool
     except BrokenProcessPool:

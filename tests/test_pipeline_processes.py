@@ -27,11 +27,28 @@ def pids(pool: ProcessPoolExecutor) -> list[int]:
     return list({future.result() for future in [pool.submit(os.getpid) for _ in range(20)]})
 
 
-def test_a_worker_that_is_killed_fails_the_stage_by_name(tmp_path: Path) -> None:
+def work(folder: Path) -> None:
+    prepare(folder)
+    time.sleep(600)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("busy", [0, 1, 2])
+def test_a_worker_that_is_killed_fails_the_stage_by_name(tmp_path: Path, busy: int) -> None:
+    """Whatever the others are at: idle, waiting for a lock that died with it, or long at work."""
+    (tmp_path / "ready").mkdir()
+    (tmp_path / "busy").mkdir()
+
     def stage() -> None:
-        with worker_processes(2, prepare, tmp_path) as pool:
-            os.kill(pids(pool)[0], signal.SIGKILL)
-            pool.submit(time.sleep, 60).result()
+        with worker_processes(2, prepare, tmp_path / "ready") as pool:
+            pool.submit(nothing).result()
+            tasks = [pool.submit(work, tmp_path / "busy") for _ in range(busy)]
+            ready = wait_for(lambda: sorted((tmp_path / "ready").iterdir()), max(1, busy))
+            at_work = wait_for(lambda: sorted((tmp_path / "busy").iterdir()), busy)
+            idle = [worker for worker in ready if worker.name not in {w.name for w in at_work}]
+            os.kill(int((idle or at_work)[0].name), signal.SIGKILL)
+            for task in tasks or [pool.submit(work, tmp_path / "busy")]:
+                task.result()
 
     with pytest.raises(StageFailed, match="a worker process was killed"):
         stage()
