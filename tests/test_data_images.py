@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from chainrule.pipeline.data.images import Pictures, encode_png
-from chainrule.pipeline.data.reader import Sample
+from chainrule.pipeline.data.images import Pictures
 from chainrule.pipeline.data.sources import Unreadable
 
 GRADIENT = np.add.outer(np.arange(6) * 20, np.arange(8) * 10).astype(np.uint8)
@@ -171,9 +170,3 @@ def test_other_files_and_ranges_are_refused() -> None:
         decode(encoded(Image.fromarray(np.ones((2, 2), np.float32)), "TIFF"))
     with pytest.raises(Unreadable, match="outside 0..65535"):
         decode(encoded(Image.fromarray(np.full((2, 2), -5, np.int32)), "TIFF"))
-
-
-def test_png_keeps_every_value() -> None:
-    for image in (COLOURS, GRADIENT[..., None]):
-        found = Sample("0", {"png": encode_png(image)}).image()
-        assert np.array_equal(found, image)

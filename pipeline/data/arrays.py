@@ -18,6 +18,7 @@ from chainrule.pipeline.data.sources import (
     SourceSettings,
     Unreadable,
 )
+from chainrule.pipeline.data.stored_images import store
 
 
 class ArraySource(Source):
@@ -56,13 +57,11 @@ class ArraySource(Source):
         return "validation" if i >= self._first_validation else "train"
 
     def read(self, i: int) -> Raw:
-        from chainrule.pipeline.data.images import encode_png
-
         meta: dict[str, object] = {"source": self.where(i)}
         if self._labels is not None and self.classes is not None:
             label = int(self._labels[i])
             meta |= {"label": label, "class": self.classes[label]}
-        return Raw({"png": encode_png(self._images[i]), "json": meta})
+        return Raw({**store(self._images[i]), "json": meta})
 
 
 def read_labels(path: Path, count: int) -> np.ndarray:

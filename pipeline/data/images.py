@@ -43,19 +43,13 @@ from chainrule.pipeline.data.sources import (
     split_folders,
     tree_files,
 )
+from chainrule.pipeline.data.stored_images import store
 
 # Without EPS and its like, which hand the file to another program.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 # What Pillow's readers raise on damaged files.
 FAULTS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
-
-
-def encode_png(image: np.ndarray) -> bytes:
-    """uint8 (H, W, 1 or 3) as PNG."""
-    buffer = io.BytesIO()
-    Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 class Pictures(SourceSettings):
@@ -203,7 +197,7 @@ class _PictureFiles(Source):
         if self._labels is not None:
             meta |= self._labels.meta(i)
         image = self._settings.decode(self._tree.read(name))
-        return Raw({"png": encode_png(image), "json": meta})
+        return Raw({**store(image), "json": meta})
 
 
 class Sprites(SourceSettings):

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from chainrule.pipeline.data.images import Pictures, encode_png
+from chainrule.pipeline.data.images import Pictures
 from chainrule.pipeline.data.sources import (
     Raw,
     Source,
@@ -27,6 +27,7 @@ from chainrule.pipeline.data.sources import (
     Unreadable,
     tree_files,
 )
+from chainrule.pipeline.data.stored_images import store
 
 SUFFIXES = (".parquet",)
 Splits = dict[str, Literal["train", "validation"]]
@@ -230,7 +231,7 @@ class _PictureRows(_Rows):
             meta["captions"] = [texts] if isinstance(texts, str) else texts
             if not texts or not all(isinstance(text, str) for text in meta["captions"]):
                 raise Unreadable(f"column '{settings.caption}' holds no text")
-        return Raw({"png": encode_png(settings.decode(data)), "json": meta})
+        return Raw({**store(settings.decode(data)), "json": meta})
 
 
 def _split(name: str, splits: Splits, root: Path) -> str:

@@ -38,6 +38,7 @@ from chainrule.pipeline.data.shards import (
     offsets_name,
     span,
 )
+from chainrule.pipeline.data.stored_images import restore
 
 OnDamage = Literal["stop", "skip-and-count"]
 NPY = "tokens.npy"
@@ -95,11 +96,7 @@ class Sample:
 
     def image(self) -> np.ndarray:
         """uint8 (H, W, C), C = 1 or 3."""
-        from PIL import Image
-
-        with Image.open(io.BytesIO(self.members["png"]), formats=["PNG"]) as picture:
-            array = np.asarray(picture)
-        return array[:, :, None] if array.ndim == 2 else array
+        return restore(self.members)
 
     def text(self) -> str:
         return self.members["txt"].decode("utf-8")

@@ -1,0 +1,56 @@
+"""Pictures as members of raw shards: small ones as they are, large ones as PNG.
+
+A PNG of a small picture saves a quarter of its bytes and takes 20 times as long to read: next to
+the encoder of a VQ-VAE that is a tenth of a processor's time at 32x32.
+"""
+
+import io
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+SMALL = 64 * 64
+"""Pixels up to which a picture is stored as it is."""
+_RAW = {"pgm": (b"P5", 1), "ppm": (b"P6", 3)}
+"""Extension: magic number and channels."""
+_HEADER = re.compile(rb"(P[56])\n([1-9]\d{0,4}) ([1-9]\d{0,4})\n255\n")
+
+
+def store(image: np.ndarray) -> dict[str, bytes]:
+    """uint8 (H, W, 1 or 3) as one member: `pgm` or `ppm` (raw), or `png`."""
+    height, width, channels = image.shape
+    if height * width <= SMALL:
+        extension = "pgm" if channels == 1 else "ppm"
+        header = b"%s\n%d %d\n255\n" % (_RAW[extension][0], width, height)
+        return {extension: header + image.tobytes()}
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image[:, :, 0] if channels == 1 else image).save(buffer, "PNG")
+    return {"png": buffer.getvalue()}
+
+
+def restore(members: Mapping[str, bytes]) -> np.ndarray:
+    """uint8 (H, W, C), C = 1 or 3, of a sample's members, read-only.
+
+    KeyError where it has no picture, ValueError (OSError from Pillow) where that is damaged.
+    """
+    for extension in _RAW.keys() & members.keys():
+        return _as_it_is(members[extension], extension)
+    from PIL import Image
+
+    with Image.open(io.BytesIO(members["png"]), formats=["PNG"]) as picture:
+        array = np.asarray(picture)
+    return array[:, :, None] if array.ndim == 2 else array
+
+
+def _as_it_is(data: bytes, extension: str) -> np.ndarray:
+    magic, channels = _RAW[extension]
+    header = _HEADER.match(data)
+    if header is None or header[1] != magic:
+        raise ValueError(f"not a .{extension} as ingest writes it")
+    width, height = int(header[2]), int(header[3])
+    if len(data) - header.end() != height * width * channels:
+        raise ValueError(f".{extension} of {width}x{height} holds {len(data)} bytes")
+    return np.frombuffer(data, np.uint8, offset=header.end()).reshape(height, width, channels)
