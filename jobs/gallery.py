@@ -182,6 +182,8 @@ def surprise(
     source: Source, tokens: np.ndarray, lengths: np.ndarray, condition: torch.Tensor | None
 ) -> list[np.ndarray]:
     """-log p of each element given those before it, in nats, laid out as the tokens are."""
+    if tokens.ndim == 2:
+        source.make_room(tokens.shape[1])
     model = source.model
     found: list[np.ndarray] = []
     whole = tokens[0].size == source.elements

@@ -256,7 +256,8 @@ class Work:
 
         Of the first samples, which int8 drew: an estimate of KL(int8 || float32).
         """
-        exact = open_source(self.stage.input("model").folder, self.config.device).model
+        exact = open_source(self.stage.input("model").folder, self.config.device)
+        exact.make_room(self.source.elements)
         n = min(self.config.number, LOSS_MEASURED_ON)
         tokens = self.store.read("tokens")[:n]
         lengths = torch.from_numpy(self.store.read("length")[:n])
@@ -266,7 +267,7 @@ class Work:
         cond = self.request.cond(range(n))
         cond = None if cond is None else cond.to(self.source.device)
         with torch.no_grad():
-            difference = self.source.model.log_prob(x, cond) - exact.log_prob(x, cond)
+            difference = self.source.model.log_prob(x, cond) - exact.model.log_prob(x, cond)
         counts = torch.arange(difference.shape[1]) < lengths.unsqueeze(1)
         return float(difference.cpu()[counts].double().mean()) / math.log(2)
 

@@ -213,7 +213,9 @@ def pretokenize(
     data: Annotated[Path, typer.Argument(help="Folder of raw shards.")],
     tokenizer: Annotated[Path, typer.Argument(help="Folder of a tokenizer.")],
     samples: Annotated[int, typer.Option(min=1, help="At least so many, by whole shards.")] = 2000,
-    workers: Annotated[int, typer.Option(min=1, help="Who decode raw samples: a thread, or several processes.")] = 1,
+    workers: Annotated[
+        int, typer.Option(min=1, help="Who decode raw samples: a thread, or several processes.")
+    ] = 1,
     rounds: RoundsOption = 3,
     device: DeviceOption = "cpu",
 ) -> None:

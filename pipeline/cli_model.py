@@ -96,7 +96,10 @@ def sample(
         float | None, typer.Option(help="How much of --audio; half of what the model makes.")
     ] = None,
     length: Annotated[
-        int | None, typer.Option(help="Elements after the prompt (default: as many as fit).")
+        int | None,
+        typer.Option(
+            help="Elements after the prompt (default: as many as fit; a WaveNet makes any number)."
+        ),
     ] = None,
     temperature: Annotated[
         float | None, typer.Option(help="0 takes the mode (default: 1).")

@@ -601,6 +601,43 @@ def test_a_recording_is_continued(
         assert said in message
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_wavenet_goes_on_beyond_what_it_was_trained_on(
+    bits: Literal[8, 16], tmp_path: Path, run: Callable[..., tuple[int, str]]
+) -> None:
+    tokenizer = MuLawTokenizer(MuLawSettings(bits=bits), 1000)
+    spec = {"preset": "wavenet-debug", "event_shape": [24], "vocabulary_size": 256}
+    model = build(spec, seed=0).eval()
+    folder = hand_off(tmp_path / "model", model, tokenizer)
+    (tmp_path / "mine.flac").write_bytes(encode_flac(np.arange(60).astype(np.int16), 1000))
+
+    code, message = run("sample", folder, "--n", 3, "--length", 200, "-o", tmp_path / "out")
+    assert code == 0, message
+    store = Store.open(tmp_path / "out")
+    assert store.read("audio").shape == (3, 200 * 8 // bits)
+    tokens = torch.from_numpy(store.read("tokens").astype(np.int64))
+    exact = build({**spec, "event_shape": [200]}, seed=0).eval()
+    with torch.no_grad():
+        expected = exact.log_prob(tokens).double().sum(dim=1)
+    np.testing.assert_allclose(store.read("log_likelihood"), expected, rtol=1e-5)
+    assert run("gallery", tmp_path / "out", "--model", folder)[0] == 0
+
+    audio = ("--audio", tmp_path / "mine.flac", "--seconds", 0.05, "--length", 30)
+    code, message = run("sample", folder, *audio, "--n", 1, "-o", tmp_path / "longer")
+    assert code == 0, message
+    kept = tokenizer.encode([np.arange(50).astype(np.int16)])[0]
+    found = Store.open(tmp_path / "longer").read("tokens")
+    assert found.shape == (1, len(kept) + 30)
+    assert (found[0, : len(kept)] == kept).all()
+
+    bound = {"family": "llama", "vocabulary_size": 256, "context": 24, **TINY}
+    other = hand_off(tmp_path / "bound", build(bound, seed=0), tokenizer)
+    for more in (("--length", 200), audio):
+        code, message = run("sample", other, *more, "-o", tmp_path / "refused")
+        assert (code, message.count("\n")) == (2, 1)
+        assert "are asked of a model of 24: family 'llama'" in message
+
+
 def test_recordings_that_cannot_be_continued(
     pictures: Path, tmp_path: Path, run: Callable[..., tuple[int, str]]
 ) -> None:
@@ -650,8 +687,8 @@ def test_real_numbers_without_a_tokenizer(tmp_path: Path) -> None:
         ("text", {"end_at": ["eoss"]}, "no special token 'eoss'; did you mean 'eos'"),
         ("text", {"classes": [0]}, "trained without classes"),
         ("text", {"guidance": 2.0}, "guidance: the model has no classes"),
-        ("text", {"length": 61}, "a model of 60 elements"),
-        ("text", {"prompts": ["x" * 60]}, "a prompt of 60 tokens and 1 more"),
+        ("text", {"length": 61}, "61 elements are asked of a model of 60"),
+        ("text", {"prompts": ["x" * 60]}, "a prompt of 60 tokens leaves nothing to draw"),
         ("text", {"prompts": [[258]]}, r"token 258 .* text \[0, 256\), specials \[256, 258\)"),
     ],
 )

@@ -108,6 +108,24 @@ def test_a_long_rewind_fills_the_queues_again(n):
 
 
 @torch.no_grad()
+def test_a_longer_one_has_the_same_weights():
+    model = build("wavenet-debug", seed=0).eval()
+    longer = model.lengthened(40)
+    assert longer.event_shape == longer.config.event_shape == (40,)
+    assert model.event_shape == (24,)
+    x = torch.randint(8, (2, 40), generator=torch.Generator().manual_seed(0))
+    full = longer.log_prob(x)
+    assert torch.equal(full[:, :24], model.log_prob(x[:, :24]))
+    cursor = longer.cursor(2)
+    cursor.advance(x[:, :39])
+    torch.testing.assert_close(cursor.next.log_prob(x[:, 39]), full[:, 39], atol=1e-5, rtol=0)
+    model.start += 1
+    assert not torch.equal(longer.log_prob(x), full)
+    with pytest.raises(ValueError, match="length is 0"):
+        model.lengthened(0)
+
+
+@torch.no_grad()
 def test_local_features_are_brought_up_to_the_samples_rate():
     model = build({"preset": "wavenet-debug", "local_width": 3, "local_hop": 5}, seed=0).eval()
     generator = torch.Generator().manual_seed(0)

@@ -497,7 +497,7 @@ def test_what_cannot_be_is_refused() -> None:
         speculate(model, NgramDraft(), plan(1, 12, known=known, given=given), Rules(), FIXED)
     with pytest.raises(SamplingError, match="knows 5 tokens, the model 4"):
         speculate(model, ModelDraft(decoder(12, 5)), plan(1, 12), Rules(), FIXED)
-    with pytest.raises(SamplingError, match="8 elements cannot draft for samples of 12"):
+    with pytest.raises(SamplingError, match="draft: 12 elements are asked of a model of 8"):
         speculate(model, ModelDraft(decoder(8, 4)), plan(1, 12), Rules(), FIXED)
     with pytest.raises(ValueError, match="early exit"):
         first_layers(model, 2)

@@ -109,6 +109,17 @@ class Autoregressive(nn.Module, ABC):
     def cursor(self, batch: int, cond: Tensor | None = None) -> Cursor:
         """A cursor at the start of `batch` events."""
 
+    def lengthened(self, length: int) -> "Autoregressive":
+        """This model of events of `length` elements, with the same weights (shared, not copied).
+
+        ValueError for a family that knows where in the event it is: none but a WaveNet can.
+        """
+        elements = torch.Size(self.event_shape).numel()
+        raise ValueError(
+            f"{length} elements are asked of a model of {elements}: family "
+            f"'{self.config.family}' has not learned what comes after them"
+        )
+
     def to_sequence(self, x: Tensor) -> Tensor:
         """(B, *event_shape) to (B, T) in generation order."""
         return x.flatten(1)

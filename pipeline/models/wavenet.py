@@ -16,6 +16,7 @@ Legend: B batch, t samples, C residual channels, G gate channels, S skip channel
 convolution, d dilation, F frames of local features, P parameters of one conditional.
 """
 
+from copy import copy
 from typing import Literal, cast
 
 import torch
@@ -268,6 +269,15 @@ class WaveNet(Autoregressive):
             )
         samples: Tensor = self.upsample(local[:, :frames].transpose(1, 2))
         return samples.transpose(1, 2)[:, :length]
+
+    def lengthened(self, length: int) -> "WaveNet":
+        """As the contract says: convolutions are the same everywhere."""
+        if length < 1:
+            raise ValueError(f"length is {length}: an event has at least one element")
+        model = copy(self)
+        model.event_shape = (length,)
+        model.config = self.config.model_copy(update={"event_shape": (length,)})
+        return model
 
     def cursor(self, batch: int, cond: Tensor | None = None, local: Tensor | None = None) -> Cursor:
         from chainrule.pipeline.models.wavenet_cursor import WaveNetCursor

@@ -75,11 +75,11 @@ class ModelDraft(Draft):
     ) -> None:
         self.device = next(self.source.parameters()).device
         self.restrict = restrict
-        event = torch.Size(self.source.event_shape).numel()
-        if event < columns:
-            raise SamplingError(
-                f"draft: a model of {event} elements cannot draft for samples of {columns}"
-            )
+        if torch.Size(self.source.event_shape).numel() < columns:
+            try:
+                self.source = self.source.lengthened(columns)
+            except ValueError as error:
+                raise SamplingError(f"draft: {error}; take another, or shorten samples") from None
         self.u = uniforms(seeds[:, None], np.arange(columns), LANE_DRAFT)
         self.size = size
         conditioned = is_conditioned(self.source.config)

@@ -23,9 +23,10 @@ class Recording(Settings):
     )
 
 
-def beginning_of(asked: Recording, source: Any) -> list[int]:
+def beginning_of(asked: Recording, source: Any, length: int | None = None) -> list[int]:
     """Tokens of the first seconds of a file, at the rate that the model was trained on.
 
+    `length` elements are to be drawn after them: None for what the model makes in all, less these.
     SamplingError where there is no such recording, or it leaves nothing to draw.
     """
     if source.modality != "audio" or source.tokenizer is None:
@@ -34,10 +35,10 @@ def beginning_of(asked: Recording, source: Any) -> list[int]:
     rate = card["sample_rate"]
     most = source.elements // card["tokens_per_sample"]
     kept = most // 2 if asked.seconds is None else round(asked.seconds * rate)
-    if not 0 < kept < most:
+    if kept < 1 or (kept >= most and length is None):
         raise SamplingError(
             f"recording: {kept} samples are {kept / rate:.3g} s; the model makes {most} "
-            f"({most / rate:.3g} s), of which some must be left to draw; set seconds"
+            f"({most / rate:.3g} s), of which some must be left to draw; set seconds, or length"
         )
     try:
         samples = decode(asked.file.read_bytes(), rate, LONGEST)

@@ -62,7 +62,9 @@ class Config(Filters):
         None, description="a sound file whose beginning is kept and whose continuation is drawn"
     )
     length: int | None = Field(
-        None, ge=1, description="elements drawn after the prompt; default: as many as fit"
+        None,
+        ge=1,
+        description="elements drawn after the prompt; default: as many as fit (a WaveNet: any)",
     )
     stop: list[str] = Field([], description="strings that end a text; they are left out of it")
     end_at: list[str] | None = Field(
@@ -120,6 +122,14 @@ class Source:
     @property
     def elements(self) -> int:
         return torch.Size(self.model.event_shape).numel()
+
+    def make_room(self, elements: int) -> None:
+        """Let samples have so many elements. SamplingError where the model is bound to fewer."""
+        if elements > self.elements:
+            try:
+                self.model = self.model.lengthened(elements)
+            except ValueError as error:
+                raise SamplingError(f"length: {error}; shorten it, or the prompt") from None
 
 
 @dataclass
@@ -270,14 +280,15 @@ def settle(
     if config.recording is not None:
         if asked is not None or begun is not None:
             raise SamplingError("recording, prompts, complete: give one of them")
-        prompts = [beginning_of(config.recording, source)]
+        prompts = [beginning_of(config.recording, source, config.length)]
     longest = max(len(prompt) for prompt in prompts)
     length = config.length if config.length is not None else source.elements - longest
-    if length < 1 or longest + length > source.elements:
+    if length < 1:
         raise SamplingError(
-            f"length: a prompt of {longest} tokens and {max(length, 1)} more are asked of a model "
-            f"of {source.elements} elements; shorten one of them"
+            f"length: a prompt of {longest} tokens leaves nothing to draw of the {source.elements} "
+            "elements that the model makes; shorten it"
         )
+    source.make_room(longest + length)
     if source.modality == "image" and longest + length != source.elements:
         raise SamplingError(
             f"length: a picture of this model has {source.elements} elements, "
