@@ -81,6 +81,10 @@ class Config(Settings):
     )
     workers: int = runtime(0, ge=0, description="processes that read; 0 reads in this one")
 
+    @property
+    def gives_captions(self) -> bool:
+        return self.caption_templates is not None or self.source.gives_captions
+
     @field_validator("caption_templates")
     @classmethod
     def _templates_name_the_class(cls, value: list[str] | None) -> list[str] | None:
@@ -110,10 +114,11 @@ def main(config: Config, stage: Stage) -> None:
     source = config.source.open()
     if config.caption_templates is not None:
         fault = None
-        if source.captioned:
+        if config.source.gives_captions:
             fault = "the source has captions of its own; give one of them"
-        elif source.modality != "image":
-            fault = f"they are for pictures, the source holds {source.modality}; leave them out"
+        elif config.source.modality != "image":
+            holds = config.source.modality
+            fault = f"they are for pictures, the source holds {holds}; leave them out"
         elif source.classes is None:
             fault = "they are made of classes and the source has none; leave them out"
         if fault is not None:
@@ -121,7 +126,7 @@ def main(config: Config, stage: Stage) -> None:
     splits = sources.split(source, config.validation, config.seed, config.validation_tail)
     if config.validation != 0 and not len(splits["validation"]):
         cut = " (source.document: paragraph, source.document_bytes)"
-        remedy = f"cut it{cut}" if source.modality == "text" else "add others"
+        remedy = f"cut it{cut}" if config.source.modality == "text" else "add others"
         fault = f"{len(source)} {source.what} leaves none for validation; {remedy}"
         if config.validation is not None:
             raise StageFailed(f"stage '{stage.name}': validation {config.validation:g}: {fault}")
@@ -139,9 +144,9 @@ def main(config: Config, stage: Stage) -> None:
     index = finish(
         stage.folder,
         kind="raw",
-        modality=source.modality,
+        modality=config.source.modality,
         classes=source.classes,
-        captioned=source.captioned or config.caption_templates is not None,
+        captioned=config.gives_captions,
         shards=len(shards),
         **({"columns": source.columns} if source.columns is not None else {}),
     )
@@ -150,7 +155,7 @@ def main(config: Config, stage: Stage) -> None:
         raise StageFailed(f"stage '{stage.name}': no input could be read; see skipped.jsonl")
     stage.summary |= counts
     stage.summary |= {"skipped": index["skipped"], "shards": len(shards)}
-    if source.modality == "text":
+    if config.source.modality == "text":
         stage.summary["train_bytes"] = index["raw_bytes"]["train"]
         stage.summary["validation_bytes"] = index["raw_bytes"]["validation"]
 

@@ -22,7 +22,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from pydantic import Field
@@ -30,14 +30,15 @@ from pydantic import Field
 from chainrule.jobs.piece_decoder import Piece, Submit, decoders
 from chainrule.jobs.token_encoder import CaptionEncoder, batches_of, encode, encoded
 from chainrule.pipeline.artifact import Artifact, read_json, write_json
-from chainrule.pipeline.config import Settings, runtime
+from chainrule.pipeline.config import RequestError, Settings, runtime
 from chainrule.pipeline.data.reader import Shards
 from chainrule.pipeline.data.shards import ShardWriter, finish, finished, key_of
 from chainrule.pipeline.data.tokens import OF_ONE_SHAPE
 from chainrule.pipeline.devices import chosen_device
+from chainrule.pipeline.graph import Pipeline, StageSpec
 from chainrule.pipeline.stage import Input, Stage, StageFailed, say
 from chainrule.tokenizers import interface
-from chainrule.tokenizers.interface import Tokenizer, TokenizerError
+from chainrule.tokenizers.interface import MODALITY, Tokenizer, TokenizerError
 from chainrule.tokenizers.text import SentencePieceTokenizer
 from chainrule.tokenizers.views import Views
 
@@ -74,6 +75,47 @@ class Config(Settings):
         "sentencepiece", description="gigatoken: the same ids faster, checked on a sample first"
     )
     patience_s: float = runtime(3600.0, gt=0, description="rank 0 waits so long for the others")
+
+
+def check(pipeline: Pipeline, spec: StageSpec) -> None:
+    """Refuse a set and tokenizers that are not fit for each other, as far as their stages say."""
+    config, where = cast(Config, spec.config), f"stage '{spec.name}'"
+    of = {
+        role: cast(Any, pipeline.stages[names[0]].config)
+        for role, names in spec.inputs.items()
+        if names and names[0] in pipeline.stages
+    }
+    data = of.get("data")
+    if data is None:
+        return
+    set_, holds = f"stage '{spec.inputs['data'][0]}'", data.source.modality
+    if "tokenizer" in of:
+        kind = of["tokenizer"].tokenizer.kind
+        if MODALITY[kind] != holds:
+            raise RequestError(
+                f"{where}: {set_} holds {holds}; the tokenizer of stage "
+                f"'{spec.inputs['tokenizer'][0]}' ({kind}) is one of {MODALITY[kind]}"
+            )
+    if config.views is not None and holds != "image":
+        raise RequestError(f"{where}: views: {set_} holds {holds}; views are for images")
+    given = spec.inputs.get("captions", [])
+    if data.gives_captions and not given:
+        raise RequestError(f"{where}: {set_} {NO_TOKENIZER}")
+    if given and not data.gives_captions:
+        raise RequestError(f"{where}: {set_} holds no captions, {NO_CAPTIONS}")
+    if "captions" in of and MODALITY[of["captions"].tokenizer.kind] != "text":
+        kind = of["captions"].tokenizer.kind
+        raise RequestError(
+            f"{where}: input captions: stage '{given[0]}' is a tokenizer of {MODALITY[kind]}; "
+            "captions are text"
+        )
+
+
+NO_TOKENIZER = (
+    "holds captions: give the stage a tokenizer of text as its input `captions`, or ingest "
+    "without them"
+)
+NO_CAPTIONS = "the stage has a tokenizer for them; set `captions` of ingest's source, or drop it"
 
 
 @dataclass
@@ -144,15 +186,9 @@ def _caption_encoder(config: Config, stage: Stage, shards: Shards) -> CaptionEnc
     if given is None and not shards.captioned:
         return None
     if given is None:
-        raise StageFailed(
-            f"{raw}: holds captions: give the stage a tokenizer of text as its input "
-            "`captions`, or ingest without them"
-        )
+        raise StageFailed(f"{raw}: {NO_TOKENIZER}")
     if not shards.captioned:
-        raise StageFailed(
-            f"{raw}: holds no captions, the stage has a tokenizer for them ({given.folder}); "
-            "set `captions` of ingest's source, or drop the input"
-        )
+        raise StageFailed(f"{raw}: holds no captions, {NO_CAPTIONS}")
     try:
         tokenizer = interface.load(given.folder)
     except TokenizerError as error:

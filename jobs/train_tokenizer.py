@@ -32,7 +32,7 @@ from chainrule.pipeline.training.schedules import ScheduleSettings
 from chainrule.tokenizers.bytes import ByteSettings, ByteTokenizer
 from chainrule.tokenizers.characters import CharacterSettings, CharacterTokenizer
 from chainrule.tokenizers.health import measure, sheet
-from chainrule.tokenizers.interface import Tokenizer, TokenizerError, read_card
+from chainrule.tokenizers.interface import MODALITY, Tokenizer, TokenizerError, read_card
 from chainrule.tokenizers.losses import Adversarial, Perceptual
 from chainrule.tokenizers.mulaw import MuLawSettings, MuLawTokenizer
 from chainrule.tokenizers.palette import PaletteSettings, PaletteTokenizer
@@ -59,17 +59,6 @@ AnySettings = Annotated[
     | StandardizeSettings,
     Field(discriminator="kind"),
 ]
-MODALITY = {
-    "vqvae": "image",
-    "vqgan": "image",
-    "palette": "image",
-    "pixels": "image",
-    "sentencepiece": "text",
-    "bytes": "text",
-    "characters": "text",
-    "mulaw": "audio",
-    "standardize": "table",
-}
 SHOWN = 16
 """Pictures on a sheet of reconstructions."""
 
@@ -170,13 +159,26 @@ def is_learned(config: Config) -> bool:
 
 
 def check(pipeline: Pipeline, spec: StageSpec) -> None:
-    """Refuse several sets for a tokenizer that learns from one."""
+    """Refuse several sets for a tokenizer that learns from one, and sets of another modality."""
     kind = cast(Config, spec.config).tokenizer.kind
+    for name in spec.inputs["data"]:
+        if name in pipeline.stages:
+            data: Any = pipeline.stages[name].config
+            misfit = _misfit(data.source.modality, data.gives_captions, kind)
+            if misfit is not None:
+                raise RequestError(f"stage '{spec.name}': input data: stage '{name}' {misfit}")
     if len(spec.inputs["data"]) > 1 and MODALITY[kind] != "text":
         raise RequestError(
             f"stage '{spec.name}': input data: a tokenizer of kind {kind} learns from one set, "
             "tokenizers of text from several"
         )
+
+
+def _misfit(modality: str, captioned: bool, kind: str) -> str | None:
+    """Why samples are none that a kind of tokenizer encodes; None where they are."""
+    if modality == MODALITY[kind] or (MODALITY[kind] == "text" and captioned):
+        return None
+    return f"holds {modality}; a tokenizer of kind {kind} is for {MODALITY[kind]}"
 
 
 class Together:
@@ -209,12 +211,9 @@ def main(config: Config, stage: Stage) -> None:
     sets = [Shards.open(found.folder) for found in data]
     kind = config.tokenizer.kind
     for shards in sets:
-        of_captions = MODALITY[kind] == "text" and shards.captioned
-        if shards.modality != MODALITY[kind] and not of_captions:
-            raise StageFailed(
-                f"{shards.folder}: holds {shards.modality}; tokenizer kind {kind} is for "
-                f"{MODALITY[kind]}"
-            )
+        misfit = _misfit(shards.modality, shards.captioned, kind)
+        if misfit is not None:
+            raise StageFailed(f"{shards.folder}: {misfit}")
     health = None
     if is_learned(config):
         tokenizer, health = train(config, stage, sets[0])

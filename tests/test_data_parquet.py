@@ -143,7 +143,6 @@ def test_pictures_with_captions(tmp_path: Path) -> None:
     images = [picture(n) for n in range(3)]
     path = write(tmp_path / "a.parquet", {"image": images, "text": ["one", "two", None]})
     source = pictures(path, caption="text")
-    assert source.captioned
     assert source.read(1).members["json"]["captions"] == ["two"]
     with pytest.raises(Unreadable, match="column 'text' holds no text"):
         source.read(2)

@@ -19,6 +19,7 @@ from chainrule.pipeline.artifact import Artifact
 from chainrule.pipeline.config import RequestError
 from chainrule.pipeline.data.reader import Sample, ShardError, Shards
 from chainrule.pipeline.data.tokens import TokenSet
+from chainrule.pipeline.pipeline_file import load_pipeline
 from chainrule.pipeline.stage import Stage, StageFailed
 from chainrule.tokenizers import interface
 from chainrule.tokenizers.autoencoder import to_pixels
@@ -456,3 +457,37 @@ def test_bench_measures_the_job_against_its_encoder(digits: Artifact, vqvae: Art
     [row] = pretokenize.bench(digits.folder, vqvae.folder, config, samples=400, rounds=1)
     assert row["samples"] == 600
     assert row["job/bare"] == pytest.approx(row["job/s"] / row["bare/s"])
+
+
+@pytest.mark.parametrize(
+    ("data", "inputs", "said"),
+    [
+        ("plain", "tokenizer: pixels", None),
+        ("plain", "tokenizer: words", "'d' holds image; the tokenizer of stage 'words' .bytes. is"),
+        ("plain", "tokenizer: pixels, captions: words", "'d' holds no captions, the stage has"),
+        ("titled", "tokenizer: pixels", "'d' holds captions: give the stage a tokenizer of text"),
+        ("titled", "tokenizer: pixels, captions: words", None),
+        ("titled", "tokenizer: pixels, captions: pixels", "'pixels' is a tokenizer of image; capt"),
+        ("text", "tokenizer: words", "views: stage 'd' holds text; views are for images"),
+    ],
+)
+def test_sets_and_tokenizers_that_do_not_fit_are_refused_before_anything_runs(
+    tmp_path: Path, data: str, inputs: str, said: str | None
+) -> None:
+    kind = "python-stdlib" if data == "text" else "sklearn-digits"
+    titles = ", caption_templates: ['{class}']" if data == "titled" else ""
+    views = ", views: {flip: true}" if data == "text" else ""
+    path = tmp_path / "unfit.yaml"
+    path.write_text(
+        "name: unfit\nstages:\n"
+        f"  d: {{job: ingest, source: {{kind: {kind}}}{titles}}}\n"
+        "  pixels: {job: train_tokenizer, inputs: {data: d}, tokenizer: {kind: pixels}}\n"
+        "  words: {job: train_tokenizer, inputs: {data: d}, tokenizer: {kind: bytes}}\n"
+        f"  t: {{job: pretokenize, inputs: {{data: d, {inputs}}}{views}}}\n"
+    )
+    pipeline = load_pipeline(path, runs=tmp_path)
+    if said is None:
+        pipeline.check(["t"])
+        return
+    with pytest.raises(RequestError, match=said):
+        pipeline.check(["t"])

@@ -561,7 +561,7 @@ def test_text_kinds_learn_from_a_sample_drawn_by_the_seed(tmp_path: Path) -> Non
         assert size in (None, stage.summary["vocabulary_size"])
     with pytest.raises(StageFailed, match="cannot learn 9999 pieces"):
         fixed(tmp_path / "large", data, {**settings, "vocabulary_size": 9999})
-    with pytest.raises(StageFailed, match="holds text; tokenizer kind pixels is for image"):
+    with pytest.raises(StageFailed, match="holds text; a tokenizer of kind pixels is for image"):
         fixed(tmp_path / "wrong", data, {"kind": "pixels"})
 
 
@@ -723,3 +723,38 @@ def test_other_tokenizers_learn_from_one_set(tmp_path: Path) -> None:
     pipeline = load_pipeline(path, runs=tmp_path)
     with pytest.raises(RequestError, match="kind pixels learns from one set"):
         pipeline.check(["t"])
+
+
+DIGITS = "{job: ingest, source: {kind: sklearn-digits}}"
+TITLED = "{job: ingest, source: {kind: sklearn-digits}, caption_templates: ['{class}']}"
+
+
+@pytest.mark.parametrize(
+    ("data", "stages", "said"),
+    [
+        (DIGITS, {"t": "mulaw"}, "'t': .* 'd' holds image; a tokenizer of kind mulaw is for audio"),
+        (DIGITS, {"t": "bytes"}, "holds image; a tokenizer of kind bytes is for text"),
+        (TITLED, {"t": "bytes"}, None),
+        (TITLED, {"t": "mulaw"}, "holds image; a tokenizer of kind mulaw"),
+        (
+            "{job: ingest, source: {kind: python-stdlib}}",
+            {"t": "palette"},
+            "holds text; a tokenizer of kind palette is for image",
+        ),
+    ],
+)
+def test_a_tokenizer_of_another_modality_is_refused_before_anything_runs(
+    tmp_path: Path, data: str, stages: dict[str, str], said: str | None
+) -> None:
+    lines = [f"  d: {data}"] + [
+        f"  {name}: {{job: train_tokenizer, inputs: {{data: d}}, tokenizer: {{kind: {kind}}}}}"
+        for name, kind in stages.items()
+    ]
+    path = tmp_path / "wrong.yaml"
+    path.write_text("\n".join(["name: wrong", "stages:", *lines]) + "\n")
+    pipeline = load_pipeline(path, runs=tmp_path)
+    if said is None:
+        pipeline.check(list(stages))
+        return
+    with pytest.raises(RequestError, match=said):
+        pipeline.check(list(stages))

@@ -30,6 +30,18 @@ LOADERS: dict[str, tuple[str, str]] = {
     "pixels": ("chainrule.tokenizers.pixels", "PixelTokenizer"),
     "standardize": ("chainrule.tokenizers.standardize", "StandardizeTokenizer"),
 }
+MODALITY = {
+    "vqvae": "image",
+    "vqgan": "image",
+    "palette": "image",
+    "pixels": "image",
+    "sentencepiece": "text",
+    "bytes": "text",
+    "characters": "text",
+    "mulaw": "audio",
+    "standardize": "table",
+}
+"""What each kind encodes."""
 
 
 class TokenizerError(ValueError):

@@ -24,7 +24,7 @@ from chainrule.pipeline.data.stored_images import store
 class ArraySource(Source):
     """Pictures uint8 (N, H, W, C) in memory, with class numbers (N,) where there are some."""
 
-    modality, what = "image", "image"
+    what = "image"
 
     def __init__(
         self,
@@ -80,6 +80,7 @@ def read_labels(path: Path, count: int) -> np.ndarray:
 class SklearnDigits(SourceSettings):
     """scikit-learn's 1,797 real 8 x 8 digits (UCI, Alpaydin & Kaynak 1998), 0..16 as 0..255."""
 
+    modality = "image"
     kind: Literal["sklearn-digits"]
     classes: list[str] | None = Field(None, description="names of the digits; default: 0 to 9")
 
@@ -104,6 +105,7 @@ class SklearnTable(SourceSettings):
     level made real by noise from [0, 1) drawn from the seed, in units of 256 levels.
     """
 
+    modality = "table"
     kind: Literal["sklearn-table"]
     name: Literal["breast-cancer", "diabetes", "iris", "wine", "photograph-patches"]
     side: int = Field(4, ge=1, le=64, description="photograph-patches: pixels")
@@ -149,6 +151,7 @@ class Idx(SourceSettings):
     With t10k files in the folder these are the validation split, unless `validation` is set.
     """
 
+    modality = "image"
     kind: Literal["idx"]
     path: Path = Field(description="folder with train-images-idx3-ubyte(.gz) and so on")
     classes: list[str] | None = None
@@ -212,6 +215,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
 class Arrays(SourceSettings):
     """Pictures in a `.npz` or `.npy`: uint8 (N, H, W) or (N, H, W, 1 or 3)."""
 
+    modality = "image"
     kind: Literal["arrays"]
     path: Path
     images: str = Field("images", description="key of the pictures in a .npz")
@@ -245,6 +249,7 @@ class Table(SourceSettings):
     A sample is `key.f64`: little-endian float64 (D,). For the continuous densities.
     """
 
+    modality = "table"
     kind: Literal["table"]
     path: Path
     columns: list[str] | None = Field(None, description="columns of a .csv; null takes all")
@@ -279,7 +284,7 @@ class Table(SourceSettings):
 
 
 class _TableSource(Source):
-    modality, what = "table", "row"
+    what = "row"
 
     def __init__(self, values: np.ndarray, name: str, columns: list[str] | None = None) -> None:
         self._values, self._name = values, name

@@ -32,6 +32,7 @@ class AudioFolder(SourceSettings):
     Channels are averaged; other rates are resampled by soxr at its very high quality.
     """
 
+    modality = "audio"
     kind: Literal["audio-folder"]
     path: Path
     sample_rate: int = Field(16_000, ge=1, description="Hz")
@@ -54,7 +55,7 @@ class AudioFolder(SourceSettings):
 
 
 class _Recordings(Source):
-    modality, what = "audio", "recording"
+    what = "recording"
 
     def __init__(self, settings: AudioFolder) -> None:
         self._settings = settings

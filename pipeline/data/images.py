@@ -55,6 +55,7 @@ FAULTS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, 
 class Pictures(SourceSettings):
     """What pictures are made into; shared by the kinds that read picture files."""
 
+    modality = "image"
     channels: Literal[1, 3] | None = Field(3, description="1 grey, 3 RGB, null as they are")
     size: int | tuple[int, int] | None = Field(
         None, description="side, or (height, width), in pixels; null keeps each picture's own"
@@ -143,6 +144,10 @@ class ImageFolder(Pictures):
         "files: COCO's .json, or .jsonl of file_name and text",
     )
 
+    @property
+    def gives_captions(self) -> bool:
+        return self.captions is not None
+
     @field_validator("captions", mode="before")
     @classmethod
     def _captions_of_a_known_form(cls, value: Any) -> Any:
@@ -159,7 +164,7 @@ class ImageFolder(Pictures):
 
 
 class _PictureFiles(Source):
-    modality, what = "image", "image"
+    what = "image"
 
     def __init__(self, settings: ImageFolder) -> None:
         self._settings = settings
@@ -175,7 +180,6 @@ class _PictureFiles(Source):
         self._captions: Captions | None = None
         if settings.captions is not None:
             self._captions = Captions(settings.captions, self._tree, self._names)
-            self.captioned = True
         else:
             self._labels = Labels(names, settings.path, settings.class_pattern)
             self.classes = self._labels.classes
@@ -203,6 +207,7 @@ class _PictureFiles(Source):
 class Sprites(SourceSettings):
     """Sheets in which each row of pixels is one whole picture (ConvNetJS' CIFAR-10)."""
 
+    modality = "image"
     kind: Literal["sprites"]
     path: Path = Field(description="folder of the sheets")
     pattern: str = Field("*.png", description="the sheets, taken in order of name")

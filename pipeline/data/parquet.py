@@ -41,6 +41,7 @@ SPLITS = Field(
 class ParquetText(SourceSettings):
     """A document a row."""
 
+    modality = "text"
     kind: Literal["parquet-text"]
     path: Path
     text: str = Field("text", description="column of the texts")
@@ -62,6 +63,10 @@ class ParquetImages(Pictures):
     label: str | None = Field(None, description="column of the classes")
     caption: str | None = Field(None, description="column of texts to condition on")
     splits: Splits | None = SPLITS
+
+    @property
+    def gives_captions(self) -> bool:
+        return self.caption is not None
 
     @model_validator(mode="after")
     def _one_condition(self) -> "ParquetImages":
@@ -160,7 +165,7 @@ class _Rows(Source):
 
 
 class _Texts(_Rows):
-    modality, what = "text", "document"
+    what = "document"
 
     def __init__(self, settings: ParquetText) -> None:
         super().__init__(settings.files(), settings.path, settings.splits)
@@ -177,7 +182,7 @@ class _Texts(_Rows):
 
 
 class _PictureRows(_Rows):
-    modality, what = "image", "image"
+    what = "image"
 
     def __init__(self, settings: ParquetImages) -> None:
         super().__init__(settings.files(), settings.path, settings.splits)
@@ -191,7 +196,6 @@ class _PictureRows(_Rows):
         if settings.caption is not None:
             self.check("caption", settings.caption, "string", "large_string", "list<")
             self._columns.append(settings.caption)
-            self.captioned = True
 
     def _classes(self, label: str) -> list[str]:
         values = self.column(label)

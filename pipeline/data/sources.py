@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -52,12 +52,9 @@ class Raw:
 class Source(ABC):
     """`len(source)` inputs in a fixed order."""
 
-    modality: str
     what: str
     """What one input is, for skipped.jsonl and messages: "image", "document", ..."""
     classes: list[str] | None = None
-    captioned: bool = False
-    """Whether each input has `captions`, a list of texts, in its metadata."""
     columns: list[str] | None = None
     """Names of a table's columns, where it has them."""
 
@@ -80,7 +77,14 @@ class Source(ABC):
 class SourceSettings(Settings):
     """Base of every kind's settings."""
 
+    modality: ClassVar[str]
+    """What the samples are: "image", "text", "audio" or "table"."""
     kind: str
+
+    @property
+    def gives_captions(self) -> bool:
+        """Whether each input has `captions`, a list of texts, in its metadata."""
+        return False
 
     def open(self) -> Source:
         """The source; SourceError where it is missing or empty."""

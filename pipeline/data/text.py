@@ -38,6 +38,7 @@ class Text(SourceSettings):
     Plain files are mapped, not read: they may be larger than memory.
     """
 
+    modality = "text"
     kind: Literal["text"]
     path: Path
     suffixes: list[str] = Field(
@@ -75,7 +76,7 @@ class Text(SourceSettings):
 class _Documents(Source):
     """Documents as (file, start, stop) in bytes; the file at hand is kept, mapped or unpacked."""
 
-    modality, what = "text", "document"
+    what = "document"
 
     def __init__(self, settings: Text) -> None:
         self._settings = settings
@@ -278,6 +279,7 @@ INSTALLED = frozenset({"site-packages", "dist-packages", "__pycache__"})
 class PythonStdlib(SourceSettings):
     """The `.py` files of the running interpreter's standard library, tests left out."""
 
+    modality = "text"
     kind: Literal["python-stdlib"]
 
     def open(self) -> Source:
@@ -301,7 +303,7 @@ def _stdlib() -> tuple[Path, list[str]]:
 
 
 class _Stdlib(Source):
-    modality, what = "text", "document"
+    what = "document"
 
     def __init__(self) -> None:
         self._root, self._names = _stdlib()
