@@ -41,9 +41,10 @@ def test_a_worker_that_is_killed_fails_the_stage_by_name(tmp_path: Path, busy: i
 
     def stage() -> None:
         with worker_processes(2, prepare, tmp_path / "ready") as pool:
-            pool.submit(nothing).result()
+            for warming in [pool.submit(time.sleep, 0.1) for _ in range(2)]:
+                warming.result()
+            ready = wait_for(lambda: sorted((tmp_path / "ready").iterdir()), 2)
             tasks = [pool.submit(work, tmp_path / "busy") for _ in range(busy)]
-            ready = wait_for(lambda: sorted((tmp_path / "ready").iterdir()), max(1, busy))
             at_work = wait_for(lambda: sorted((tmp_path / "busy").iterdir()), busy)
             idle = [worker for worker in ready if worker.name not in {w.name for w in at_work}]
             os.kill(int((idle or at_work)[0].name), signal.SIGKILL)
