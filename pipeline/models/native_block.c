@@ -81,6 +81,8 @@ static int64_t shared_room(const block *b, int back) {
 
 static int64_t chunks_of(const block *b) { return parts(b->batch * b->length, CHUNK); }
 
+int64_t block_chunk(void) { return CHUNK; }
+
 /* Floats that block_forward and block_backward work in. */
 int64_t block_room(const block *b, int64_t back) {
     int64_t floats = shared_room(b, back) + b->threads * thread_room(b);

@@ -38,19 +38,18 @@ class Shape:
     epsilon: float
 
 
-LEAST_ROWS = 48
-"""Rows a thread from which a block is faster as one (CHUNK of native_block.c)."""
 MOST_WEIGHTS = 5 << 19
-"""Weights up to which it is: every chunk of rows reads them all, and they should be in a cache."""
+"""Weights up to which a block is faster as one: every chunk of rows reads them all, and they should
+be in a cache."""
 
 
 def fits(x: Tensor, shape: Shape) -> bool:
-    """Whether a block of inputs x (B, T, D) may be taken as one."""
+    """Whether a block of inputs x (B, T, D) may be taken as one: every thread has rows then."""
     batch, length, _ = x.shape
     return (
-        batch * length >= LEAST_ROWS * torch.get_num_threads()
-        and native_attention.fits(x, length, shape.head_width, shape.kv_heads)
+        native_attention.fits(x, length, shape.head_width, shape.kv_heads)
         and is_built()
+        and batch * length >= _library().block_chunk() * torch.get_num_threads()
     )
 
 
@@ -142,7 +141,13 @@ class _Block(ctypes.Structure):
 @cache
 def _library() -> Any:
     return native.functions(
-        SOURCE, {"block_forward": "pp", "block_backward": "pp", "block_room": "pn->n"}
+        SOURCE,
+        {
+            "block_forward": "pp",
+            "block_backward": "pp",
+            "block_room": "pn->n",
+            "block_chunk": "->n",
+        },
     )
 
 
