@@ -241,6 +241,14 @@ def test_what_a_sheet_leaves_out_is_said() -> None:
     assert file_stems(["a/b", "A?b"]) == ["0000_a_b", "0001_A_b"]
 
 
+def test_words_of_other_alphabets_stand_on_sheets() -> None:
+    image = np.zeros((1, 4, 4, 1), dtype=np.uint8)
+    drawn = [
+        np.asarray(contact_sheet(image, [(letter, [0])])).tobytes() for letter in "щдΩλłא\U00010fff"
+    ]
+    assert len(set(drawn)) == len(drawn)  # one at most is the box that stands for the others
+
+
 def test_first_texts_and_sounds_are_tracked(text: Path, tmp_path: Path) -> None:
     class Tracker:
         def __init__(self) -> None:

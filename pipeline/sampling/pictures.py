@@ -33,7 +33,7 @@ def contact_sheet(
     height, width, channels = images.shape[1:]
     scale = max(1, -(-CELL // max(height, width)))
     cell_h, cell_w = height * scale, width * scale
-    font = ImageFont.load_default(size=14)
+    font = _font(14)
     margin = max(int(font.getlength(label)) for label, _ in rows)
     margin = margin + 3 * GAP if margin else GAP
     shown = min(columns, max(len(indices) for _, indices in rows))
@@ -55,6 +55,14 @@ def contact_sheet(
             tile = Image.fromarray(picture).resize((cell_w, cell_h), Image.Resampling.NEAREST)
             sheet.paste(tile, (margin + c * (cell_w + GAP), top))
     return sheet
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which Matplotlib brings along: Pillow's own font has Latin letters alone."""
+    import matplotlib
+
+    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    return ImageFont.truetype(path, size)
 
 
 def sheet_rows(
