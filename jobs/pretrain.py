@@ -12,21 +12,25 @@ is a function of (seed, step, rank).
 
 import logging
 import math
+import os
 from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 from pydantic import Field, field_validator, model_validator
 
+from chainrule.pipeline import plan_text
 from chainrule.pipeline.artifact import write_json
 from chainrule.pipeline.config import RequestError, Settings, digest, runtime
 from chainrule.pipeline.data.batches import Loader, Mixture
 from chainrule.pipeline.data.reader import OnDamage
+from chainrule.pipeline.devices import physical_memory
 from chainrule.pipeline.graph import Pipeline, StageSpec, is_folder
 from chainrule.pipeline.heartbeat import beat
 from chainrule.pipeline.models.inputs import has_captions
 from chainrule.pipeline.models.registry import build
 from chainrule.pipeline.plan_inputs import foreseen_model, ranks_of, rows_of
+from chainrule.pipeline.plan_memory import parameter_count
 from chainrule.pipeline.stage import Input, Stage, StageFailed, StageInterrupted, for_json, say
 from chainrule.pipeline.training import assembly
 from chainrule.pipeline.training.checkpoints import CheckpointWriter
@@ -197,12 +201,33 @@ def main(config: Config, stage: Stage) -> None:
             ) from error
 
 
+STATES = 12
+"""Bytes a parameter, at the least: weight, gradient and one moment in float32."""
+
+
+def require_memory(model: Settings, stage: Stage, engine: Engine) -> None:
+    """StageFailed where weights, gradients and moments alone exceed this machine's memory: the
+    kernel would end the process without a word."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", engine.world_size))
+    parameters, memory = parameter_count(model), physical_memory()
+    needed = STATES * parameters * here // engine.world_size
+    if memory is not None and needed > memory:
+        raise StageFailed(
+            f"stage '{stage.name}': {plan_text.count(parameters)} parameters, their gradients and "
+            f"moments are {plan_text.size(needed)} or more; this machine has "
+            f"{plan_text.size(memory)} of memory\n"
+            "take a smaller model, a GPU, or more nodes (`chainrule plan` says what each takes)"
+        )
+
+
 def train(config: Config, stage: Stage, engine: Engine, stop: StopSignals) -> None:
     # --- data, model, optimiser ---------------------------------------------------------
     artifacts = stage.inputs["tokens"]
     sets = assembly.training_sets(artifacts, config.on_damage)
     held_out = validation_sets(artifacts)
     model_config = assembly.model_config(config.model, sets)
+    if engine.device.type == "cpu":
+        require_memory(model_config, stage, engine)
     model = build(model_config, seed=config.seed)
     context = torch.Size(model.event_shape).numel()
     drawn = assembly.mixture(sets, context, config.mixture_weights, config.seed)

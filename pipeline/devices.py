@@ -31,6 +31,14 @@ def chosen_device(wanted: str) -> str:
     return wanted
 
 
+def physical_memory() -> int | None:
+    """Bytes of this machine's memory; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # Windows has no sysconf
+        return None
+
+
 def synchronise(device: "torch.device") -> None:
     """Wait for a GPU, whose work goes on behind the clock's back."""
     if device.type == "cuda":

@@ -17,6 +17,7 @@ from chainrule.jobs import pretrain, verify
 from chainrule.pipeline.artifact import ArtifactError, LineageError, read_json, sha256_file
 from chainrule.pipeline.config import RequestError
 from chainrule.pipeline.data.reader import ShardError
+from chainrule.pipeline.models.registry import build
 from chainrule.pipeline.pipeline_file import load_pipeline
 from chainrule.pipeline.stage import REQUEUE, Stage, StageFailed, StageInterrupted
 from chainrule.pipeline.training.checkpoints import Checkpoint, newest, steps_in
@@ -626,3 +627,18 @@ def test_tokens_without_a_validation_split_are_refused(tmp_path, text):
     (other / "index.json").write_text(json.dumps(index))
     with pytest.raises(ArtifactError, match="set a larger `validation` in ingest"):
         run(tmp_path / "decoder", [other])
+
+
+def test_a_model_beyond_the_memory_is_refused_before_it_is_built(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = run(tmp_path / "fits", [text], steps=1)
+    model = build(read_json(stage.folder / "model.json")["model"])
+    needed = 12 * sum(parameter.numel() for parameter in model.parameters())
+    monkeypatch.setattr(pretrain, "physical_memory", lambda: needed)
+    run(tmp_path / "just", [text], steps=1)
+    monkeypatch.setattr(pretrain, "physical_memory", lambda: needed - 1)
+    with pytest.raises(StageFailed, match=r"parameters, .* or more; this machine has .* of memory"):
+        run(tmp_path / "beyond", [text], steps=1)
+    monkeypatch.setattr(pretrain, "physical_memory", lambda: None)
+    run(tmp_path / "unknown", [text], steps=1)
