@@ -317,7 +317,7 @@ def _calibrated(
 
 def _sample(pipeline: Pipeline, spec: StageSpec) -> dict[str, Any]:
     """Memory of sampling: weights and the cache of keys and values."""
-    from chainrule.pipeline.plan_memory import WEIGHT_BYTES, kv_cache_bytes, parameter_count
+    from chainrule.pipeline.plan_memory import drawing_weights, kv_cache_bytes, parameter_count
 
     [name] = spec.inputs["model"]
     decoder = pipeline.stages[name].inputs["decoder"][0] if name in pipeline.stages else None
@@ -329,12 +329,11 @@ def _sample(pipeline: Pipeline, spec: StageSpec) -> dict[str, Any]:
         return open_still
     model = model_of(spec_of_model, settled)
     config: Any = spec.config
-    precision = {"float32": "fp32", "bfloat16": "bf16"}[config.dtype]
-    parameters = parameter_count(model)
+    activations = "fp32" if config.dtype == "float32" else "bf16"
     guided = 2 if config.guidance.scale != 1 else 1  # the unconditional rows beside them
     return {
-        "parameters": parameters,
-        "weights_bytes": parameters * WEIGHT_BYTES[precision],
-        "kv_cache_bytes": kv_cache_bytes(model, config.batch_size * guided, precision),
+        "parameters": parameter_count(model),
+        "weights_bytes": drawing_weights(model, config.dtype),
+        "kv_cache_bytes": kv_cache_bytes(model, config.batch_size * guided, activations),
         "samples": config.number,
     }

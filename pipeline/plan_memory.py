@@ -29,6 +29,7 @@ from torch import nn
 from chainrule.pipeline.config import Settings
 from chainrule.pipeline.models.kv_cache import SPARE, slots_of
 from chainrule.pipeline.models.registry import build
+from chainrule.pipeline.sampling.int8 import quantise
 from chainrule.pipeline.training.optimizers import OptimizerSettings, parameter_groups
 
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -216,6 +217,17 @@ def parameter_count(config: Settings) -> int:
     """Parameters of a model, exactly, without its memory."""
     with torch.device("meta"):
         return sum(p.numel() for p in build(config).parameters())
+
+
+def drawing_weights(config: Settings, dtype: str) -> int:
+    """Bytes of the weights that samples are drawn with: float32, bfloat16 or int8."""
+    with torch.device("meta"):
+        model = build(config)
+        if dtype == "int8":
+            quantise(model)
+        else:
+            model.to(getattr(torch, dtype))
+        return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 
 
 def kv_cache_bytes(config: Settings, batch: int, precision: str) -> int | None:

@@ -15,8 +15,10 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
+from chainrule.jobs.sample import open_source
 from chainrule.pipeline.config import RequestError
 from chainrule.pipeline.launch import Selection, decide
+from chainrule.pipeline.models.folder import save
 from chainrule.pipeline.models.kv_cache import SPARE
 from chainrule.pipeline.models.registry import build, resolve
 from chainrule.pipeline.pipeline_file import load_pipeline
@@ -25,6 +27,7 @@ from chainrule.pipeline.plan_inputs import from_tokens
 from chainrule.pipeline.plan_memory import (
     Activations,
     Scheme,
+    drawing_weights,
     kv_cache_bytes,
     moments_a_parameter,
     parameter_count,
@@ -458,3 +461,23 @@ def test_words() -> None:
     assert count(124_400_000) == "124.4 M"
     assert hours(0.5) == "30 min"
     assert hours(240) == "10.0 days"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("preset", ["llama-debug", "wavenet-debug", "made-debug"])
+def test_weights_of_a_sample_stage_are_those_in_memory(
+    preset: str, dtype: str, tmp_path: Path
+) -> None:
+    model = build(preset, seed=0)
+    save(model, tmp_path / "model", {})
+    opened = open_source(tmp_path / "model", "cpu", dtype).model
+    held = sum(t.nbytes for t in (*opened.parameters(), *opened.buffers()))
+    assert drawing_weights(model.config, dtype) == held
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_sample_stages_are_planned_in_every_dtype(dtype: str, tmp_path: Path) -> None:
+    path = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+    plans = plan(load_pipeline(path, [f"digits_samples.dtype={dtype}"], tmp_path))
+    [found] = [found for found in plans if found["stage"] == "digits_samples"]
+    assert found["weights_bytes"] > 0
