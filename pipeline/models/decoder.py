@@ -94,11 +94,10 @@ class Attention(nn.Module):
         self.output = Linear(inner, config.width, bias=config.bias)
 
     def forward(self, x_BTD: Tensor, rope: Tensor | None, attend: Attend) -> Tensor:
-        batch, length, _ = x_BTD.shape
         qkv = self.qkv(x_BTD)
         q, k, v = split_heads(qkv, rope, self.heads, self.kv_heads, self.head_width)
         y_BHTd = attend(self.layer, q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        y: Tensor = self.output(y_BHTd.transpose(1, 2).reshape(batch, length, -1))
+        y: Tensor = self.output(y_BHTd.transpose(1, 2).flatten(2))
         return y
 
 
@@ -159,7 +158,7 @@ class Block(nn.Module):
 
     def _weights(self, x: Tensor, rope: Tensor | None) -> list[Tensor | None] | None:
         for part, kind in ((self.attention, Attention), (self.mlp, MLP)):
-            if type(part) is not kind or native_block.is_watched(part):
+            if type(part) is not kind or native.is_watched(part):
                 return None
         attention, mlp = self.attention, self.mlp
         parts = (self.attention_norm, attention.qkv, attention.output)
@@ -389,7 +388,8 @@ class Decoder(Autoregressive):
         if self.config.position != "rope":
             return None
         if self._rope is None or self._rope.device != like.device:
-            self._rope = rope_table(self.config, like.device)
+            with torch.inference_mode(False):  # kept: a training to come must be able to use it
+                self._rope = rope_table(self.config, like.device)
         kind = "cpu" if like.is_meta else like.device.type  # meta: shapes alone (chainrule plan)
         cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else like.dtype
         return self._rope[:, first:end].unsqueeze(2).to(cast)

@@ -88,8 +88,8 @@ class KVCache:
             mask = mask & mask.new_ones(mask.shape).triu(old + 1 - self.window)
         kept = min(length, self.slots)
         order = self._slots_of(first + length - kept, first + length)
-        keys[:, :, order] = k[:, :, length - kept :]
-        values[:, :, order] = v[:, :, length - kept :]
+        keys[:, :, order] = k[:, :, length - kept :].to(keys.dtype)  # autocast
+        values[:, :, order] = v[:, :, length - kept :].to(values.dtype)
         return grouped_attention(q, k_all, v_all, mask)
 
     def _slots_of(self, first: int, end: int) -> Tensor:

@@ -101,7 +101,7 @@ class CachedConvolution:
         for group, pixels in runs.pixels.items():
             run = slice(pixels.start, pixels.stop)
             where = run if self.single else self.centres[run]
-            self.cache[:, where, self.columns[group]] = maps[group]
+            self.cache[:, where, self.columns[group]] = maps[group].to(self.cache.dtype)  # autocast
 
     def read(self, runs: "Runs") -> dict[int, Tensor]:
         """Output features of each group at its run of pixels."""

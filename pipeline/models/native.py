@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _allowed: ContextVar[bool] = ContextVar("native", default=False)
 
@@ -54,7 +54,20 @@ def is_exact_on_cpu(x: Tensor) -> bool:
         and x.device.type == "cpu"
         and is_allowed()
         and not torch.is_autocast_enabled("cpu")
+        and not torch._C._are_functorch_transforms_active()
     )
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether something is to be called when it is, when any is, or in its place."""
+    return (
+        any(getattr(module, hooks) for hooks in _HOOKS)
+        or any(getattr(torch.nn.modules.module, f"_global{hooks}") for hooks in _HOOKS)
+        or "forward" in vars(module)
+    )
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 FLAGS = ("-O3", "-march=native", "-fPIC", "-shared", "-std=gnu11")
@@ -109,11 +122,11 @@ def _build(source: Path) -> Path | None:
         digest.update(included.read_bytes())
     digest.update(f"{compiler} {FLAGS} {platform.machine()} {_processor()}".encode())
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
-    folder = Path(root) if root else _cache_folder()
-    path = folder / f"{source.stem}-{digest.hexdigest()[:16]}.so"
-    if path.exists():
-        return path
     try:
+        folder = Path(root) if root else _cache_folder()
+        path = folder / f"{source.stem}-{digest.hexdigest()[:16]}.so"
+        if path.exists():
+            return path
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as work:
             built = Path(work) / path.name
@@ -122,14 +135,18 @@ def _build(source: Path) -> Path | None:
                 if subprocess.run(command, capture_output=True).returncode == 0:
                     built.replace(path)  # whole or not at all: others may be building it too
                     return path
-    except OSError:
+    except OSError:  # nowhere to keep it
         pass
     return None
 
 
 def _cache_folder() -> Path:
+    """OSError for a user without a home."""
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "chainrule"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "chainrule"
+    except RuntimeError as error:
+        raise OSError(str(error)) from None
 
 
 def _processor() -> str:

@@ -69,7 +69,7 @@ def weights_of(
             found += [None, None]
             continue
         epsilon = getattr(part, "epsilon", getattr(part, "eps", shape.epsilon))
-        if type(part) not in (Linear, RMSNorm, nn.LayerNorm) or is_watched(part):
+        if type(part) not in (Linear, RMSNorm, nn.LayerNorm) or native.is_watched(part):
             return None
         if epsilon != shape.epsilon:
             return None
@@ -98,16 +98,6 @@ def weights_of(
     return found if agrees else None
 
 
-def is_watched(module: nn.Module) -> bool:
-    """Whether something is to be called when it is, when any is, or in its place."""
-    return (
-        any(getattr(module, hooks) for hooks in _HOOKS)
-        or any(getattr(torch.nn.modules.module, f"_global{hooks}") for hooks in _HOOKS)
-        or "forward" in vars(module)
-    )
-
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _ACTIVATIONS = list(ACTIVATIONS)
 """In the order of the tables of native_block.c."""
 _PARTS = ("norm", "qkv", "output", "mlp_norm", "up", "down")

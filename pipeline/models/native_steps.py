@@ -5,6 +5,7 @@ through torch. Weights are read where they are, so that nothing is held twice; s
 a bfloat16 model are widened when a cursor is made.
 """
 
+import copy
 import ctypes
 from functools import cache
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from chainrule.pipeline.models import native
-from chainrule.pipeline.models.kernels import Linear
+from chainrule.pipeline.models.kernels import Linear, RMSNorm
 
 if TYPE_CHECKING:
     from chainrule.pipeline.models.decoder import Decoder
@@ -67,6 +68,7 @@ class NativeSteps:
         self, library: ctypes.CDLL, model: "Decoder", keys: Tensor, values: Tensor
     ) -> None:
         config = model.config
+        self._made_of = library, model, keys, values
         self._step, self._scratch_size = library.step, library.scratch_size
         self._held: list[Tensor] = [keys, values]
         head = model.head
@@ -109,6 +111,11 @@ class NativeSteps:
         )
         self._inputs = config.inputs
         self._scratch = torch.empty(0)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "NativeSteps":
+        """Of a cursor that is copied: addresses are those of the copy's tensors."""
+        library, *tensors = self._made_of
+        return NativeSteps(library, *(copy.deepcopy(each, memo) for each in tensors))
 
     def __call__(
         self, h: Tensor, rows: list[int], positions: list[int], oldest: list[int]
@@ -190,24 +197,27 @@ def steps_of(model: "Decoder", keys: Tensor, values: Tensor) -> NativeSteps | No
 
 
 def _plain(model: "Decoder", dtype: torch.dtype) -> bool:
-    """Whether every matrix is what the C code takes it for."""
+    """Whether every part is what the C code takes it for: nothing watches it, has taken its place
+    or changed what it computes."""
+    from chainrule.pipeline.models.decoder import MLP, Attention, Block
+
+    norm_kind = nn.LayerNorm if model.config.norm == "layernorm" else RMSNorm
     kinds = set()
-    for block in model.blocks:
-        modules: Any = block
-        layers = (
-            modules.attention.qkv,
-            modules.attention.output,
-            modules.mlp.input,
-            modules.mlp.output,
-            model.head,
-        )
-        for layer in layers:
-            weight = getattr(layer, "weight", None)
-            quantised = isinstance(weight, Tensor) and weight.dtype == torch.int8
-            known = type(layer) in (nn.Linear, Linear) or (quantised and hasattr(layer, "scale"))
-            if not known or not isinstance(weight, Tensor) or not weight.is_contiguous():
+    for part in (*model.blocks, model.final_norm, model.head):
+        for module in part.modules():
+            if native.is_watched(module):
                 return False
-            if layer._forward_hooks or layer._forward_pre_hooks:
+            if type(module) in (Block, Attention, MLP):
+                continue
+            if type(module) in (nn.LayerNorm, RMSNorm):
+                epsilon = getattr(module, "epsilon", getattr(module, "eps", None))
+                if type(module) is not norm_kind or epsilon != model.config.norm_epsilon:
+                    return False
+                continue
+            weight = getattr(module, "weight", None)
+            quantised = isinstance(weight, Tensor) and weight.dtype == torch.int8
+            known = type(module) in (nn.Linear, Linear) or (quantised and hasattr(module, "scale"))
+            if not known or not isinstance(weight, Tensor) or not weight.is_contiguous():
                 return False
             kinds.add(weight.dtype)
     return kinds == {dtype} or kinds == {torch.int8}

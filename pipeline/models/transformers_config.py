@@ -11,6 +11,8 @@ def read_config(folder: Path) -> tuple[DecoderConfig, int | None]:
     """Our config of theirs, and the row of their embedding that is our start vector, if any."""
     path = folder / "config.json"
     theirs = read_json(path)
+    if not isinstance(theirs, dict):
+        raise ArtifactError(f"{path}: holds a {type(theirs).__name__}, not the settings of a model")
     family = theirs.get("model_type")
     if family not in FAMILY_SETTINGS:
         raise ArtifactError(
@@ -19,22 +21,30 @@ def read_config(folder: Path) -> tuple[DecoderConfig, int | None]:
     for key, value in _REFUSED.get(family, {}).items():
         if theirs.get(key, value) != value:
             raise ArtifactError(f"{path}: {key} is {theirs[key]!r}, only {value!r} is known here")
+    if theirs.get("quantization_config") is not None:
+        raise ArtifactError(
+            f"{path}: has a quantization_config: weights are read as they are; save the model in "
+            "float32 or bfloat16"
+        )
     try:
         settings = {"gpt2": _from_gpt2, "imagegpt": _from_gpt2, "falcon": _from_falcon}.get(
             family, _from_llama
         )(theirs)
+        size, start_row = int(theirs["vocab_size"]), None
+        bos = _start_symbol(theirs)
     except KeyError as error:
         raise ArtifactError(f"{path}: has no {error}") from None
-    size, start_row = theirs["vocab_size"], None
-    bos = theirs.get("bos_token_id")
+    except (TypeError, AttributeError, ValueError) as error:
+        raise ArtifactError(f"{path}: not what transformers writes of {family}: {error}") from None
     if family == "imagegpt":
         # The last row of their table is the start symbol, which is never predicted.
         size, start_row, bos = size - 1, size - 1, None
-    elif bos is None:
-        bos = theirs.get("eos_token_id")
-        bos = bos[0] if isinstance(bos, list) else bos
-    if bos is not None and not 0 <= bos < size:
-        bos = None
+    elif bos is None or not 0 <= bos < size:
+        raise ArtifactError(
+            f"{path}: nothing stands before the first element: bos_token_id is {bos}, and tokens "
+            f"are 0..{size - 1}; set bos_token_id (or eos_token_id) to the token that texts begin "
+            "with"
+        )
     try:
         return (
             DecoderConfig.model_validate(
@@ -44,6 +54,19 @@ def read_config(folder: Path) -> tuple[DecoderConfig, int | None]:
         )
     except ValueError as error:
         raise ArtifactError(f"{path}: {error}") from None
+
+
+def _start_symbol(theirs: dict[str, Any]) -> int | None:
+    """The token that stands before a text: theirs is BOS, or where they have none EOS."""
+    for key in ("bos_token_id", "eos_token_id"):
+        tokens = theirs.get(key)
+        if isinstance(tokens, list) and tokens:
+            tokens = tokens[0]
+        if tokens is not None and tokens != []:
+            if not isinstance(tokens, int):
+                raise TypeError(f"{key} is {tokens!r}")
+            return tokens
+    return None
 
 
 _PLAIN_GPT2 = {
@@ -101,8 +124,11 @@ def _rope(theirs: dict[str, Any]) -> dict[str, Any]:
             "high_frequency_factor": rope["high_freq_factor"],
             "original_context": rope["original_max_position_embeddings"],
         }
-    elif kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
+    elif kind != "default":
         raise KeyError(f"RoPE of type '{kind}' here; known: default, llama3")
+    part = rope.get("partial_rotary_factor", theirs.get("partial_rotary_factor", 1.0))
+    if part != 1.0:
+        raise KeyError(f"RoPE of a part of each head here: partial_rotary_factor is {part}")
     return found
 
 
@@ -122,7 +148,8 @@ def _from_llama(theirs: dict[str, Any]) -> dict[str, Any]:
         "norm_epsilon": theirs.get("rms_norm_eps", 1e-6),
         "bias": bias,
         "tied_embeddings": theirs.get("tie_word_embeddings", False),
-        "window": theirs.get("sliding_window") if theirs["model_type"] == "mistral" else None,
+        # Mistral 7B's, where theirs says nothing; null is none.
+        "window": theirs.get("sliding_window", 4096) if theirs["model_type"] == "mistral" else None,
         **_rope(theirs),
     }
 

@@ -158,9 +158,12 @@ def from_transformers(
     if not any(name.startswith(prefix) for name in weights):
         weights = {prefix + name: tensor for name, tensor in weights.items()}
 
+    unread = set(weights)
+
     def take(name: str) -> Tensor:
         if name not in weights:
             raise ArtifactError(f"{folder}: has no tensor '{name}'")
+        unread.discard(name)
         return weights[name]
 
     ours: dict[str, Tensor] = {}
@@ -168,17 +171,34 @@ def from_transformers(
         ours[pair.ours] = _gather(pair, [take(name) for name in pair.theirs], config)
     table = take(_NAMES[config.family][0] + ".weight")
     size = config.vocabulary_size
+    assert size is not None
+    rows = size if start_row is None else size + 1
+    if len(table) != rows:
+        raise ArtifactError(
+            f"{folder}: the embedding has {len(table)} rows, vocab_size in config.json is {rows}"
+        )
     ours["embedding.weight"] = table[:size].contiguous()
     if config.position == "learned":
         ours["positions"] = take("transformer.wpe.weight")
-    if config.bos is None:
-        ours["start"] = table[start_row] if start_row is not None else torch.zeros_like(table[0])
-    if not config.tied_embeddings:
-        head = weights.get("lm_head.weight", table)  # theirs are tied where the file has none
-        ours["head.weight"] = head[:size].contiguous()
+    if start_row is not None:
+        ours["start"] = table[start_row]
+    if config.tied_embeddings:
+        unread.discard("lm_head.weight")  # the embedding again
+    else:
+        ours["head.weight"] = take("lm_head.weight")
+    unknown = sorted(name for name in unread if not name.endswith(_BUFFERS))
+    if unknown:
+        raise ArtifactError(
+            f"{folder}: tensor '{unknown[0]}' (one of {len(unknown)}) is none of a {config.family} "
+            "decoder's: not a language model, or one that is not known here"
+        )
     model = build_empty(config)
     place_weights(model, ours, folder, dtype)
     return model.to(device).eval()
+
+
+_BUFFERS = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias")
+"""What older files hold besides weights: tables that follow from the settings."""
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
@@ -210,6 +230,8 @@ def to_transformers(model: Autoregressive, folder: str | Path, eos: int | None =
         starts = state["class_embedding.table.weight"]
     elif config.bos is None:
         starts = state["start"].unsqueeze(0)
+    elif config.family == "imagegpt":  # theirs is never one of the values
+        starts = state["embedding.weight"][config.bos].unsqueeze(0)
     else:
         starts = state["embedding.weight"][:0]
     weights: dict[str, Tensor] = {}
@@ -227,7 +249,7 @@ def to_transformers(model: Autoregressive, folder: str | Path, eos: int | None =
         weights["lm_head.weight"] = torch.cat([head, head.new_zeros(unused, head.shape[1])])
     write_tensors(folder / "model.safetensors", weights, {"format": "pt"})
 
-    bos = config.bos if config.bos is not None else size + len(starts) - 1
+    bos = size + len(starts) - 1 if len(starts) or config.bos is None else config.bos
     generation: dict[str, Any] = {"bos_token_id": bos}
     if eos is not None:
         generation["eos_token_id"] = eos
