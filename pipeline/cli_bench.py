@@ -99,9 +99,17 @@ def cursor(
     wavenet-4000, pixelcnnpp-32 and pixelcnnpp-32-paper have sizes of their own: no `--side`.
     """
     from chainrule.pipeline.models import bench as models
+    from chainrule.pipeline.models.registry import resolve
 
     families = _chosen("family", family, (*models.CURSORS, *models.CASES))
-    _print(models.cursor(families, side or (8, 16, 32), evaluations, batch, device))
+    sides = side or [8, 16, 32]
+    for name in models.CURSORS.keys() & set(families):
+        for pixels in sides:
+            try:
+                resolve(models.CURSORS[name](pixels))
+            except ValueError as error:
+                raise RequestError(f"--side {pixels}: {error}") from None
+    _print(models.cursor(families, sides, evaluations, batch, device))
 
 
 @bench.command()

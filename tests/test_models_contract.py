@@ -4,6 +4,7 @@ Each case is a tiny model; its weights are moved away from their initial values,
 that starts at zero would hide a leak.
 """
 
+import copy
 import itertools
 import math
 from typing import Any
@@ -17,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from chainrule.pipeline import build
+from chainrule.pipeline.models import native
 from chainrule.pipeline.models.contract import Autoregressive, Conditional, Cursor
 from chainrule.pipeline.models.wavenet import WaveNet
 
@@ -609,6 +611,15 @@ def _bad(model: Autoregressive) -> dict[str, tuple[Any, str]]:
     }
     if size is None:
         bad["dtype"] = (lambda: model.log_prob(x.long()), "x has dtype torch.int64")
+        for value in (math.nan, math.inf):
+            wrong = x.clone()
+            wrong.view(-1)[-1] = value
+            last = model.to_sequence(wrong)
+            bad[f"{value}"] = (lambda w=wrong: model.log_prob(w), f"x holds {value}: .*finite")
+            bad[f"cursor {value}"] = (
+                lambda last=last: model.cursor(2).advance(last),
+                f"x holds {value}: .*finite",
+            )
     else:
         above, below = x.clone(), x.clone()
         above.view(-1)[-1], below.view(-1)[0] = size, -1
@@ -627,6 +638,10 @@ def _bad(model: Autoregressive) -> dict[str, tuple[Any, str]]:
         bad["caption"] = (lambda: model.log_prob(x, given), words)
         bad["cursor caption"] = (lambda: model.cursor(2, given), words)
         bad["classes"] = (lambda: model.log_prob(x, given[:, 0]), r"cond has shape \(2,\)")
+        hole = torch.tensor([[-1, 0], [0, -1]])
+        bad["caption with a hole"] = (lambda: model.log_prob(x, hole), "cond holds tokens after -1")
+        complex_ = torch.zeros(2, 2, dtype=torch.complex64)
+        bad["complex caption"] = (lambda: model.log_prob(x, complex_), "dtype torch.complex64")
         long = torch.zeros(2, captions.length + 1, dtype=torch.long)
         bad["long caption"] = (lambda: model.log_prob(x, long), "integers of shape .* or shorter")
         documents = torch.zeros_like(x)
@@ -645,8 +660,38 @@ def _bad(model: Autoregressive) -> dict[str, tuple[Any, str]]:
         bad["class"] = (lambda: model.log_prob(x, given), words)
         bad["class list"] = (lambda: model.log_prob(x, [0, 0]), "cond is a list")  # type: ignore[arg-type]
         bad["cursor class"] = (lambda: model.cursor(2, given), words)
+        for dtype in (torch.bool, torch.complex64, torch.float32):
+            other = torch.zeros(2, dtype=dtype)
+            bad[f"class {dtype}"] = (lambda o=other: model.log_prob(x, o), f"dtype {dtype}")
         bad["classes"] = (lambda: model.log_prob(x, given[:1] - 1), r"cond has shape \(1,\)")
     return bad
+
+
+@every
+def test_no_events_have_no_likelihoods(name: str) -> None:
+    model = _model(CASES[name])
+    x = _event(model, 2)[:0]
+    nats = model.log_prob(x)
+    assert nats.shape == (0, model.to_sequence(_event(model, 1)).shape[1])
+    nats.sum().backward()
+
+
+@every
+def test_a_copy_of_a_cursor_goes_its_own_way(name: str) -> None:
+    model = _model(CASES[name])
+    sequence = model.to_sequence(_event(model, 2))
+    with torch.no_grad(), native.allowed():
+        cursor = model.cursor(2)
+        cursor.advance(sequence[:, :2])
+        copied = copy.deepcopy(cursor)
+        for column in range(2, sequence.shape[1]):  # the copy keeps what was before these
+            cursor.advance(sequence[:, column : column + 1])
+        again = model.cursor(2)
+        again.advance(sequence[:, :2])
+        following = [each.advance(sequence[:, 2:3]) for each in (copied, again)]
+        if sequence.shape[1] > 3:
+            nats = [each.log_prob(sequence[:, 3:4]) for each in following]
+            torch.testing.assert_close(*nats, atol=1e-5, rtol=0)
 
 
 @every

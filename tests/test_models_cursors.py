@@ -266,3 +266,17 @@ def test_wrong_elements_are_named_before_anything_is_kept(name):
     else:
         with pytest.raises(ValueError, match="without classes"):
             model.conditionals(x, torch.zeros(3, dtype=torch.long))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@torch.no_grad()
+def test_cursors_go_under_autocast(name):
+    model, x, cond = make(name)
+    sequence = model.to_sequence(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        cursor = model.cursor(len(x), cond)
+        found = [cursor.next.log_prob(sequence[:, 0]).unsqueeze(1)]
+        found.append(cursor.advance(sequence[:, :3]).log_prob(sequence[:, 1:4]))
+        found.append(cursor.advance(sequence[:, 3:-1]).log_prob(sequence[:, 4:]))
+    exact = model.log_prob(x, cond)
+    assert (torch.cat(found, dim=1).float() - exact).abs().max() < 0.1 * exact.abs().max()

@@ -408,3 +408,65 @@ def test_a_seed_decides_the_weights_and_nothing_else() -> None:
     assert all(
         torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True)
     )
+
+
+@pytest.mark.parametrize("preset", ["gpt2-debug", "llama-debug", "falcon-debug"])
+def test_a_model_that_was_evaluated_in_inference_mode_can_be_trained(preset: str) -> None:
+    model = build(preset)
+    x = torch.zeros(1, 8, dtype=torch.long)
+    with torch.inference_mode():
+        model.log_prob(x)
+        model.cursor(1)
+    model.log_prob(x).sum().backward()
+
+
+@pytest.mark.parametrize("preset", ["gpt2-debug", "mistral-debug", "wavenet-debug"])
+@pytest.mark.parametrize("in_c", [False, True])
+@torch.no_grad()
+def test_a_number_that_comes_back_is_another_document(preset: str, in_c: bool) -> None:
+    model = build(preset, seed=0)
+    for parameter in model.parameters():
+        parameter.mul_(2)
+    x = torch.randint(8, (2, 24), generator=torch.Generator().manual_seed(0))
+    again = torch.tensor([0] * 9 + [1] * 5 + [0] * 10).expand(2, -1)
+    fresh = torch.tensor([0] * 9 + [1] * 5 + [2] * 10).expand(2, -1)
+    with torch.enable_grad(), native.allowed() if in_c else contextlib.nullcontext():
+        found = [model.log_prob(x, documents=numbers).detach() for numbers in (again, fresh)]
+    assert torch.equal(*found)
+    for wrong in (again.float(), again[:, :3], again.tolist(), again.bool()):
+        with pytest.raises(ValueError, match="documents "):
+            model.log_prob(x, documents=wrong)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("preset", ["gpt2-debug", "llama-debug", "falcon-debug", "imagegpt-debug"])
+@pytest.mark.parametrize("in_c", [False, True])
+def test_transforms_of_functions_go_through(preset: str, in_c: bool) -> None:
+    """torch.func: gradients of each row apart, as for influence or private training."""
+    model = build(preset, layers=1, width=32, heads=2)
+    parameters = dict(model.named_parameters())
+    shape = model.event_shape if len(model.event_shape) > 1 else (6,)
+    x = torch.randint(8, (3, *shape), generator=torch.Generator().manual_seed(0))
+
+    def nats(parameters: dict[str, torch.Tensor], row: torch.Tensor) -> torch.Tensor:
+        found = torch.func.functional_call(model, parameters, (row.unsqueeze(0),))
+        return -found.sum()
+
+    with native.allowed() if in_c else contextlib.nullcontext():
+        each = torch.func.vmap(torch.func.grad(nats), (None, 0))(parameters, x)
+        for i, row in enumerate(x):
+            wanted = torch.autograd.grad(nats(parameters, row), list(parameters.values()))
+            for (name, found), gradient in zip(each.items(), wanted, strict=True):
+                torch.testing.assert_close(found[i], gradient, atol=1e-5, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("preset", ["gpt2-debug", "llama-debug", "mistral-debug", "falcon-debug"])
+def test_a_model_is_compiled_whole(preset: str) -> None:
+    model = build(preset, layers=2, width=32, heads=2, context=32)
+    x = torch.zeros(4, 32, dtype=torch.long)
+    for context in (contextlib.nullcontext(), native.allowed()):
+        torch.compiler.reset()
+        with context:
+            found = torch._dynamo.explain(model)(x)
+        assert found.graph_count == 1, found.break_reasons
+    torch.compiler.reset()

@@ -23,6 +23,13 @@ from chainrule.pipeline.models.heads import (
 )
 
 SHAPE = (4, 3)
+HEADS = (
+    CategoricalHead(),
+    GaussianHead(),
+    MixtureOfGaussiansHead(components=2),
+    MixtureOfLogisticsHead(components=2),
+    DiscretizedMixtureOfLogisticsHead(components=2),
+)
 
 
 def _mixture(components: int = 5) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -91,8 +98,26 @@ def test_far_bins_have_gradients() -> None:
 
 def test_a_negative_value_is_an_error_and_no_silent_zero() -> None:
     """cross_entropy ignores -100 by default: log p would be 0 nats."""
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match=r"x holds -100: elements lie in 0\.\.2"):
         Categorical(torch.zeros(2, 3)).log_prob(torch.tensor([-100, 0]))
+
+
+@pytest.mark.parametrize("head", HEADS, ids=lambda head: head.kind)
+def test_what_has_no_probability_is_refused(head: Any) -> None:
+    size = 8 if head.discrete else None
+    conditional = head.conditional(torch.zeros(2, 3, head.size(size)), size)
+    x = torch.zeros(2, 3, dtype=torch.long if head.discrete else torch.float32)
+    assert conditional.log_prob(x).shape == (2, 3)
+    for wrong in (x[:1], x[:, :1], x[0], x.unsqueeze(-1)):
+        with pytest.raises(ValueError, match=r"x has shape .*: the conditionals have \(2, 3\)"):
+            conditional.log_prob(wrong)
+    if head.discrete:
+        conditional.log_prob(x)  # what it keeps for the next time is no way around
+        for value in (-1, 8):
+            with pytest.raises(ValueError, match=f"x holds {value}: elements lie in 0..7"):
+                conditional.log_prob(x + value)
+        with pytest.raises(ValueError, match="dtype torch.bool"):
+            conditional.log_prob(x.bool())
 
 
 def _draws(distribution: Any, **filters: Any) -> torch.Tensor:

@@ -179,6 +179,42 @@ def test_without_a_compiler_torch_takes_the_steps(
 
 
 @needs_compiler
+@pytest.mark.parametrize("fault", ["no home", "a home that others may not enter"])
+def test_a_user_without_a_cache_goes_without_c(
+    fault: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(*_: object) -> Any:
+        raise RuntimeError("Could not determine home directory.")
+
+    def closed(*_: object) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    if fault == "no home":
+        monkeypatch.setattr(Path, "home", refuse)
+    else:
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.setattr(Path, "exists", closed)
+    assert native.load(native_steps.SOURCE) is None
+
+
+@needs_compiler
+def test_a_norm_in_c_reads_its_weight_as_torch_does() -> None:
+    x = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    norm = RMSNorm(4, 1e-5)
+    for weight in (
+        torch.arange(8.0)[::2],
+        torch.arange(4.0, dtype=torch.float64),
+        torch.arange(4.0, dtype=torch.bfloat16),
+    ):
+        norm.weight = torch.nn.Parameter(weight)
+        wanted = norm(x)
+        with native.allowed():
+            assert torch.equal(norm(x), wanted)
+
+
+@needs_compiler
 def test_other_layers_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _, _ = make("gpt2")
 
@@ -194,9 +230,22 @@ def test_other_layers_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("CHAINRULE_NATIVE", "0")
     assert steps() is None
     monkeypatch.delenv("CHAINRULE_NATIVE")
-    hook = model.head.register_forward_hook(lambda *_: None)
-    assert steps() is None
-    hook.remove()
+    for part in (model.head, model.final_norm, *model.blocks[1].modules()):
+        hook = part.register_forward_hook(lambda *_: None)
+        assert steps() is None
+        hook.remove()
+    block: Any = model.blocks[1]
+    for module, name, other in (
+        (block.mlp, "forward", block.mlp.forward),
+        (block.attention_norm, "eps", 0.5),
+        (block, "mlp_norm", torch.nn.Identity()),
+        (block, "mlp", torch.nn.Sequential(block.mlp)),
+        (block.attention, "qkv", torch.nn.Sequential(block.attention.qkv)),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setitem(module._modules if name in module._modules else vars(module), name, other)
+            assert steps() is None, name
+    assert steps() is not None
     head: Any = model.head
     head.weight = torch.nn.Parameter(head.weight.t().contiguous().t())
     assert steps() is None

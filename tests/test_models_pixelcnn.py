@@ -121,3 +121,10 @@ def test_a_class_changes_both_stacks():
 def test_settings_that_do_not_fit_are_refused(preset, changes, message):
     with pytest.raises(ValueError, match=message):
         build({"preset": preset, **changes})
+
+
+@pytest.mark.parametrize("name", ["first_kernel", "kernel"])
+def test_a_vertical_stack_has_rows_above(name):
+    with pytest.raises(ValueError, match=f"{name} is 1: the vertical stack sees the rows above"):
+        build({"preset": "gated-pixelcnn-debug", name: 1})
+    build({"preset": "pixelcnn-debug", "kernel": 1})

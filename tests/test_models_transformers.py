@@ -225,3 +225,84 @@ def test_their_configs_that_are_not_ours_are_refused(tmp_path: Path) -> None:
     write_json(tmp_path / "config.json", {**_LLAMA, "model_type": "llama", "rope_scaling": rope})
     with pytest.raises(ArtifactError, match="yarn"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config: weights are read"),
+        ({"bos_token_id": None, "eos_token_id": None}, "nothing stands before the first element"),
+        ({"bos_token_id": 61}, r"bos_token_id is 61, and tokens are 0\.\.60"),
+        ({"bos_token_id": None, "eos_token_id": []}, "nothing stands before the first element"),
+        ({"bos_token_id": "1"}, "bos_token_id is '1'"),
+        ({"vocab_size": None}, "not what transformers writes of llama"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": None}},
+            "not what transformers",
+        ),
+        ({"rope_parameters": [1]}, "not what transformers writes of llama"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
+        ({"vocab_size": 60}, "the embedding has 61 rows, vocab_size in config.json is 60"),
+        ({"vocab_size": 62}, "the embedding has 61 rows, vocab_size in config.json is 62"),
+    ],
+)
+def test_folders_that_cannot_be_ours_are_refused(
+    tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    _theirs("llama").save_pretrained(tmp_path)
+    load(tmp_path)
+    path = tmp_path / "config.json"
+    write_json(path, {**read_json(path), **changes})
+    with pytest.raises(ArtifactError, match=said):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("content", [[1, 2], None, "llama"])
+def test_a_config_that_is_none_is_refused(tmp_path: Path, content: Any) -> None:
+    write_json(tmp_path / "config.json", content)
+    with pytest.raises(ArtifactError, match="not the settings of a model"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "model_class", "said"),
+    [
+        ("llama", "LlamaModel", "has no tensor 'lm_head.weight'"),
+        ("llama", "LlamaForSequenceClassification", "has no tensor 'lm_head.weight'"),
+        ("llama-grouped-tied", "LlamaForSequenceClassification", "'score.weight' .one of 1. is no"),
+        ("llama-grouped-tied", "LlamaModel", None),  # what its output layer would be is known
+    ],
+)
+def test_models_of_another_kind_are_refused(
+    tmp_path: Path, name: str, model_class: str, said: str | None
+) -> None:
+    config_class, _, settings = THEIRS[name]
+    config = getattr(transformers, config_class)(**settings)
+    getattr(transformers, model_class)(config).save_pretrained(tmp_path)
+    if said is None:
+        load(tmp_path)
+        return
+    with pytest.raises(ArtifactError, match=said):
+        load(tmp_path)
+
+
+def test_a_mistral_that_says_no_window_has_theirs(tmp_path: Path) -> None:
+    _theirs("mistral").save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    settings = read_json(path)
+    for given, window in (({}, 4096), ({"sliding_window": None}, None)):
+        rest = {name: value for name, value in settings.items() if name != "sliding_window"}
+        write_json(path, {**rest, **given})
+        assert load(tmp_path).config.window == window
+        assert transformers.MistralConfig.from_pretrained(tmp_path).sliding_window == window
+
+
+@torch.no_grad()
+def test_a_start_among_the_values_is_written_beside_them(tmp_path: Path) -> None:
+    model = build("imagegpt-debug", bos=3).eval()
+    to_transformers(model, tmp_path)
+    theirs = transformers.ImageGPTForCausalImageModeling.from_pretrained(tmp_path).eval()
+    x = torch.randint(model.config.vocabulary_size, (2, *model.event_shape))
+    sequence = model.to_sequence(x)
+    inputs = torch.cat([torch.full((2, 1), theirs.config.vocab_size - 1), sequence[:, :-1]], dim=1)
+    assert _close(model.conditionals(x).logits, theirs(inputs).logits)

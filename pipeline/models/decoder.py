@@ -33,7 +33,9 @@ from chainrule.pipeline.models.inputs import (
     ClassEmbedding,
     check_captions,
     check_condition,
+    check_documents,
     check_elements,
+    runs_of,
 )
 from chainrule.pipeline.models.kernels import (
     Linear,
@@ -267,7 +269,8 @@ class Decoder(Autoregressive):
         self, x: Tensor, cond: Tensor | None = None, documents: Tensor | None = None
     ) -> Conditional:
         """As the contract says. `documents` (B, T) integers: elements of one document have
-        one number and stand together; documents neither see nor shift each other."""
+        one number and stand together (a number that comes back is another document); documents
+        neither see nor shift each other."""
         hidden = self._hidden(x, cond, documents)[-1]
         return self.config.head.conditional(self.head(hidden), self.config.vocabulary_size)
 
@@ -305,14 +308,11 @@ class Decoder(Autoregressive):
         cond = self.check_condition(cond, len(x))
         if documents is not None and config.captions is not None:
             raise ValueError("documents were given: a model of captions takes one event a row")
-        if documents is not None and documents.shape != x.shape:
-            raise ValueError(
-                f"documents has shape {tuple(documents.shape)}: x has {tuple(x.shape)}"
-            )
+        documents = check_documents(documents, x)
         sequence = self.to_sequence(x)
         batch, length = sequence.shape
         if documents is not None:
-            documents = self.to_sequence(documents)
+            documents = runs_of(self.to_sequence(documents))
         dropout = config.dropout if self.training else 0.0
 
         start = self.start_vectors(cond, batch, training=self.training)

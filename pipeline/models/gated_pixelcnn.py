@@ -59,6 +59,11 @@ class GatedPixelCNNConfig(Settings):
         check_head(self.head, self.vocabulary_size)
         check_input(self.input, self.vocabulary_size)
         check_odd(first_kernel=self.first_kernel, kernel=self.kernel)
+        for name in ("first_kernel", "kernel"):
+            if getattr(self, name) == 1:
+                raise ValueError(
+                    f"{name} is 1: the vertical stack sees the rows above, so at least 3"
+                )
         check_picture(self.event_shape)
         return self
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from chainrule.pipeline.config import Settings
 from chainrule.pipeline.models.contract import Conditional
-from chainrule.pipeline.models.inputs import as_ids
+from chainrule.pipeline.models.inputs import check_outcome
 from chainrule.pipeline.models.kernels import Linear
 
 
@@ -38,7 +38,7 @@ class Categorical(Conditional):
         return self._log_probs
 
     def log_prob(self, x: Tensor) -> Tensor:
-        x = as_ids(x)
+        x = check_outcome(x, self.shape, self.logits.shape[-1])
         if self._log_probs is not None:
             return self._log_probs.gather(-1, x.unsqueeze(-1)).squeeze(-1)
         # cross_entropy is log_softmax and gather in one kernel. Its ignore_index must be no
@@ -90,7 +90,7 @@ class Gaussian(Conditional):
         self.shape = mean.shape
 
     def log_prob(self, x: Tensor) -> Tensor:
-        return _normal_log_density(x, self.mean, self.log_scale)
+        return _normal_log_density(check_outcome(x, self.shape, None), self.mean, self.log_scale)
 
     def sample(
         self,
@@ -127,6 +127,7 @@ class _Mixture(Conditional):
         raise NotImplementedError
 
     def log_prob(self, x: Tensor) -> Tensor:
+        x = check_outcome(x, self.shape, None)
         log_weights = torch.log_softmax(self.mixture_logits, dim=-1)
         return torch.logsumexp(log_weights + self._component_log_prob(x.unsqueeze(-1)), dim=-1)
 
@@ -195,9 +196,10 @@ class DiscretizedMixtureOfLogistics(Conditional):
         self.shape = means.shape[:-1]
 
     def log_prob(self, x: Tensor) -> Tensor:
+        x = check_outcome(x, self.shape, self.vocabulary_size)
         log_weights = torch.log_softmax(self.mixture_logits, dim=-1)
         nats = discretized_logistic_log_prob(
-            as_ids(x).unsqueeze(-1), self.means, self.log_scales, self.vocabulary_size
+            x.unsqueeze(-1), self.means, self.log_scales, self.vocabulary_size
         )
         return torch.logsumexp(log_weights + nats, dim=-1)
 

@@ -16,9 +16,13 @@ from chainrule.pipeline.config import Settings
 
 def as_ids(x: Tensor) -> Tensor:
     """`x` as int64; ValueError for what is no integer."""
-    if x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.bool:
+    if not _is_integer(x):
         raise ValueError(f"x has dtype {x.dtype}: the model's elements are integers")
     return x.long()
+
+
+def _is_integer(x: Tensor) -> bool:
+    return not (x.dtype.is_floating_point or x.dtype.is_complex or x.dtype == torch.bool)
 
 
 def check_elements(
@@ -34,7 +38,7 @@ def check_elements(
         fits = x.shape[1] <= event_shape[0]
     if not fits:
         wanted = ", ".join(str(n) for n in event_shape)
-        few = " or shorter" if shorter else ""
+        few = " or shorter" if shorter and len(event_shape) == 1 else ""
         raise ValueError(f"x has shape {tuple(x.shape)}: the model takes (batch, {wanted}){few}")
     return check_values(x, vocabulary_size)
 
@@ -54,6 +58,9 @@ def check_values(x: Tensor, vocabulary_size: int | None) -> Tensor:
     if vocabulary_size is None:
         if not x.dtype.is_floating_point:
             raise ValueError(f"x has dtype {x.dtype}: the model's elements are floats")
+        if _has_values(x) and not bool(torch.isfinite(x).all()):
+            wrong = x[~torch.isfinite(x)][0].item()
+            raise ValueError(f"x holds {wrong}: elements are finite numbers")
         return x
     x = as_ids(x)
     wrong = _outside(x, 0, vocabulary_size)
@@ -62,10 +69,51 @@ def check_values(x: Tensor, vocabulary_size: int | None) -> Tensor:
     return x
 
 
+def check_outcome(x: Tensor, shape: tuple[int, ...], vocabulary_size: int | None) -> Tensor:
+    """What a conditional of this shape is asked the probability of: values in range, as int64, or
+    numbers. On a GPU values go unchecked, where it would wait for all that came before."""
+    check_tensor("x", x)
+    if x.shape != shape:
+        raise ValueError(f"x has shape {tuple(x.shape)}: the conditionals have {tuple(shape)}")
+    if vocabulary_size is None:
+        return x
+    return as_ids(x) if x.is_cuda else check_values(x, vocabulary_size)
+
+
+def check_documents(documents: Tensor | None, x: Tensor) -> Tensor | None:
+    """`documents` (as many integers as `x` has elements), or None."""
+    if documents is None:
+        return None
+    check_tensor("documents", documents)
+    if documents.shape != x.shape or not _is_integer(documents):
+        raise ValueError(
+            f"documents has shape {tuple(documents.shape)} and dtype {documents.dtype}: the model "
+            f"takes integers of shape {tuple(x.shape)}"
+        )
+    return documents
+
+
+def runs_of(documents: Tensor) -> Tensor:
+    """Documents (B, t) numbered as they stand: a number that comes back after another is a further
+    document, whichever way it is attended to."""
+    new = documents[:, 1:] != documents[:, :-1]
+    return nn.functional.pad(new, (1, 0)).cumsum(dim=1)
+
+
+def _has_values(x: Tensor) -> bool:
+    """Neither a meta tensor (chainrule plan) nor a graph being compiled, nor one under vmap, has
+    values to look at."""
+    return (
+        bool(x.numel())
+        and not x.is_meta
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
 def _outside(x: Tensor, low: int, stop: int) -> int | None:
     """A value of `x` that is not in low..stop-1, None where all are."""
-    # Neither a meta tensor (chainrule plan) nor a graph being compiled has values to look at.
-    if not x.numel() or x.is_meta or torch.compiler.is_compiling():
+    if not _has_values(x):
         return None
     if x.numel() == 1:
         least = most = int(x)
@@ -84,7 +132,7 @@ def check_condition(cond: Tensor | None, classes: int | None, batch: int) -> Ten
     if classes is None:
         raise ValueError("cond was given: the model was built without classes")
     check_tensor("cond", cond)
-    if cond.dtype.is_floating_point or tuple(cond.shape) != (batch,):
+    if not _is_integer(cond) or tuple(cond.shape) != (batch,):
         raise ValueError(
             f"cond has shape {tuple(cond.shape)} and dtype {cond.dtype}: "
             f"the model takes integers of shape ({batch},)"
@@ -113,7 +161,7 @@ def check_captions(cond: Tensor | None, captions: Captions, batch: int) -> Tenso
         return None
     check_tensor("cond", cond)
     fits = cond.dim() == 2 and len(cond) == batch and cond.shape[1] <= captions.length
-    if cond.dtype.is_floating_point or cond.dtype == torch.bool or not fits:
+    if not _is_integer(cond) or not fits:
         raise ValueError(
             f"cond has shape {tuple(cond.shape)} and dtype {cond.dtype}: the model takes captions, "
             f"integers of shape ({batch}, {captions.length}) or shorter"
@@ -125,6 +173,8 @@ def check_captions(cond: Tensor | None, captions: Captions, batch: int) -> Tenso
             f"cond holds {wrong}: tokens of captions are 0..{captions.vocabulary_size - 1}, "
             "-1 past a caption's end"
         )
+    if _has_values(cond) and bool(((cond[:, :-1] < 0) & (cond[:, 1:] >= 0)).any()):
+        raise ValueError("cond holds tokens after -1, which stands past a caption's end only")
     return nn.functional.pad(cond, (0, captions.length - cond.shape[1]), value=-1)
 
 

@@ -32,7 +32,9 @@ from chainrule.pipeline.models.inputs import (
     ElementInput,
     InputKind,
     check_condition,
+    check_documents,
     check_elements,
+    runs_of,
 )
 
 
@@ -206,10 +208,9 @@ class WaveNet(Autoregressive):
         `local_hop` samples, F * local_hop covering them."""
         x = check_elements(x, self.event_shape, self.config.vocabulary_size, shorter=True)
         cond = check_condition(cond, self.config.classes, len(x))
-        if documents is not None and documents.shape != x.shape:
-            raise ValueError(
-                f"documents has shape {tuple(documents.shape)}: x has {tuple(x.shape)}"
-            )
+        documents = check_documents(documents, x)
+        if documents is not None:
+            documents = runs_of(documents)
         features = self._local_features(local, len(x), x.shape[1])
         start = self.start.expand(len(x), 1, -1)
         h = torch.cat([start, self._embed(x[:, :-1])], dim=1)[:, : x.shape[1]]
