@@ -59,8 +59,8 @@ def check_values(x: Tensor, vocabulary_size: int | None) -> Tensor:
         if not x.dtype.is_floating_point:
             raise ValueError(f"x has dtype {x.dtype}: the model's elements are floats")
         if _has_values(x) and not bool(torch.isfinite(x).all()):
-            wrong = x[~torch.isfinite(x)][0].item()
-            raise ValueError(f"x holds {wrong}: elements are finite numbers")
+            value = x[~torch.isfinite(x)][0].item()
+            raise ValueError(f"x holds {value}: elements are finite numbers")
         return x
     x = as_ids(x)
     wrong = _outside(x, 0, vocabulary_size)

@@ -114,8 +114,9 @@ class NativeSteps:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "NativeSteps":
         """Of a cursor that is copied: addresses are those of the copy's tensors."""
-        library, *tensors = self._made_of
-        return NativeSteps(library, *(copy.deepcopy(each, memo) for each in tensors))
+        library, model, keys, values = self._made_of
+        copied = copy.deepcopy((model, keys, values), memo)
+        return NativeSteps(library, *copied)
 
     def __call__(
         self, h: Tensor, rows: list[int], positions: list[int], oldest: list[int]
