@@ -69,6 +69,11 @@ THEIRS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "MistralForCausalLM",
         {**_LLAMA, "num_key_value_heads": 2, "sliding_window": 5},
     ),
+    "mistral-scaled-rope": (
+        "MistralConfig",
+        "MistralForCausalLM",
+        {**_LLAMA, "num_key_value_heads": 2, "sliding_window": 9, "rope_parameters": _SCALED},
+    ),
     "falcon-7b": ("FalconConfig", "FalconForCausalLM", _FALCON),
     "falcon-40b": (
         "FalconConfig",
@@ -167,6 +172,10 @@ OURS: dict[str, tuple[str, dict[str, Any]]] = {
         {"rope_scaling": {"factor": 4.0, "original_context": 64}, "head_width": 16},
     ),
     "mistral": ("mistral-debug", {"window": 5}),
+    "mistral-scaled": (
+        "mistral-debug",
+        {"window": 9, "rope_scaling": {"factor": 4.0, "original_context": 64}},
+    ),
     "falcon": ("falcon-debug", {}),
     "falcon-grouped": ("falcon-debug", {"block": "parallel-two-norms", "kv_heads": 2}),
     "falcon-one-norm-grouped": ("falcon-debug", {"kv_heads": 2}),

@@ -203,7 +203,7 @@ def check_expressible(config: DecoderConfig) -> None:
         faults.append(f"kv_heads {config.kv_heads}")
     if config.window is not None and config.family != "mistral":
         faults.append(f"window {config.window}")
-    if config.rope_scaling is not None and config.family != "llama":
+    if config.rope_scaling is not None and config.family not in ("llama", "mistral"):
         faults.append("rope_scaling")
     grouped = config.kv_heads not in (1, config.heads)
     if config.family == "falcon" and config.block == "sequential" and grouped:
