@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from chainrule.pipeline import build
-from chainrule.pipeline.models import native
+from chainrule.pipeline.models import kernels, native
 from chainrule.pipeline.models.decoder import Decoder
 from chainrule.pipeline.models.kernels import (
     Linear,
@@ -470,3 +471,27 @@ def test_a_model_is_compiled_whole(preset: str) -> None:
             found = torch._dynamo.explain(model)(x)
         assert found.graph_count == 1, found.break_reasons
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize("preset", ["gpt2-debug", "llama-debug", "falcon-debug", "imagegpt-debug"])
+def test_gradients_can_be_differentiated_again(
+    preset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a penalty on gradients and products with the Hessian want it."""
+    model = build(preset, layers=1, width=16, heads=2, mlp_width=24).double()
+    shape = model.event_shape if len(model.event_shape) > 1 else (6,)
+    x = torch.randint(8, (2, *shape), generator=torch.Generator().manual_seed(0))
+    weights = list(model.parameters())
+    direction = [torch.randn_like(weight) for weight in weights]
+
+    def along_the_hessian() -> tuple[torch.Tensor, ...]:
+        with sdpa_kernel(SDPBackend.MATH):  # torch's other kernels have no second derivative
+            nats = -model.log_prob(x).sum()
+            first = torch.autograd.grad(nats, weights, create_graph=True)
+            along = torch.stack([(g * d).sum() for g, d in zip(first, direction, strict=True)])
+            return torch.autograd.grad(along.sum(), weights)
+
+    found = along_the_hessian()
+    monkeypatch.setattr(kernels, "_by_hand", lambda: False)
+    for by_hand, plain in zip(found, along_the_hessian(), strict=True):
+        torch.testing.assert_close(by_hand, plain, atol=1e-6, rtol=1e-4)

@@ -7,12 +7,13 @@ in C. In bf16 products with few rows go through better kernels of torch's own th
 takes. Under `torch.compile` everything is the plain expression, which it fuses itself.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from chainrule.pipeline.models import native_product
 from chainrule.pipeline.models.native_train import (
@@ -38,7 +39,11 @@ class RMSNorm(nn.Module):
             by = RMSNormInC if ready(x) and is_read_by_c(self.weight) else _RMSNorm
             y: Tensor = by.apply(x, self.weight, self.epsilon)
             return y
-        return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
+        return _rms_norm(x, self.weight, self.epsilon)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, epsilon)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -48,12 +53,16 @@ class _RMSNorm(torch.autograd.Function):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=exact)
         scale = norm.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_().to(x.dtype)
         ctx.save_for_backward(x, scale, weight)
+        ctx.epsilon = epsilon
         return torch.mul(x, scale).mul_(weight)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, scale, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            plain = partial(_rms_norm, epsilon=ctx.epsilon)
+            by_x, by_weight = _differentiable(plain, (x, weight), ctx, gradient)
+            return by_x, by_weight, None
         normed = x * scale
         product = gradient * normed
         by_weight = product.flatten(0, -2).sum(0)
@@ -106,10 +115,9 @@ class _Rotation(torch.autograd.Function):
         return _turn(x, rope, 1)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (rope,) = ctx.saved_tensors
-        return _turn(gradient, rope, -1), None
+        return _turn(gradient, rope, -1), None  # linear: differentiable as it stands
 
 
 def swiglu(gate_and_up: Tensor) -> Tensor:
@@ -121,6 +129,10 @@ def swiglu(gate_and_up: Tensor) -> Tensor:
         else:
             y = _SwiGLU.apply(gate_and_up)
         return y
+    return _swiglu(gate_and_up)
+
+
+def _swiglu(gate_and_up: Tensor) -> Tensor:
     gate, up = gate_and_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
@@ -134,9 +146,10 @@ class _SwiGLU(torch.autograd.Function):
         return opened * up
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> Tensor | None:
         gate_and_up, opened = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _differentiable(_swiglu, (gate_and_up,), ctx, gradient)[0]
         gate, up = gate_and_up.chunk(2, dim=-1)
         result = torch.empty_like(gate_and_up)
         by_gate, by_up = result.chunk(2, dim=-1)
@@ -166,6 +179,10 @@ def quick_gelu(x: Tensor) -> Tensor:
     if _by_hand():
         y: Tensor = ActivationInC.apply(x, "quick_gelu") if ready(x) else _QuickGELU.apply(x)
         return y
+    return _quick_gelu(x)
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -174,15 +191,15 @@ class _QuickGELU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        scaled = 1.702 * x
-        ctx.save_for_backward(scaled)
-        return F.silu(scaled).div_(1.702)
+        ctx.save_for_backward(x)
+        return F.silu(1.702 * x).div_(1.702)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (scaled,) = ctx.saved_tensors
-        by_x: Tensor = torch.ops.aten.silu_backward(gradient, scaled)
+    def backward(ctx: Any, gradient: Tensor) -> Tensor | None:
+        (x,) = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _differentiable(_quick_gelu, (x,), ctx, gradient)[0]
+        by_x: Tensor = torch.ops.aten.silu_backward(gradient, 1.702 * x)
         return by_x
 
 
@@ -213,6 +230,16 @@ class Linear(nn.Linear):
         if self.bias is not None:
             y = y + self.bias
         return y.view(*x.shape[:-1], -1)
+
+
+def _differentiable(
+    plain: Callable[..., Tensor], given: tuple[Tensor, ...], ctx: Any, gradient: Tensor
+) -> list[Tensor | None]:
+    """Gradients by the first of a function's inputs that can be differentiated again
+    (`create_graph`): autograd's own, of the plain expression."""
+    wanted = [x for x, needed in zip(given, ctx.needs_input_grad, strict=False) if needed]
+    found = iter(torch.autograd.grad(plain(*given), wanted, gradient, create_graph=True))
+    return [next(found) if needed else None for needed in ctx.needs_input_grad[: len(given)]]
 
 
 def _by_hand() -> bool:
