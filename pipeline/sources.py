@@ -2,15 +2,23 @@
 
 Like make, but by content: a file whose size and modification time are those of the last
 look keeps its hash; any other is read again. A touched file with the same bytes changes
-nothing, an edited one of the same size is seen.
+nothing, an edited one of the same size is seen. What holds nothing to read (a link that leads
+nowhere or to itself, a pipe, a device) counts by its name, and is never opened.
 """
 
 import contextlib
+import errno
 import os
+import stat
 from pathlib import Path
+from typing import Any
 
 from chainrule.pipeline.artifact import read_json, sha256_file, write_json
 from chainrule.pipeline.config import digest
+
+NOWHERE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG})
+"""What a system answers to a link that leads to no file."""
+NO_FILE: list[Any] = [-1, -1, "no file"]  # no size and time that a file has
 
 
 def source_digest(files: list[Path], cache: Path) -> str:
@@ -24,8 +32,10 @@ def source_digest(files: list[Path], cache: Path) -> str:
     known: dict[str, list] = read_json(cache) if cache.is_file() else {}
     seen: dict[str, list] = {}
     for file in sorted(files):
-        stat = file.stat()
-        stamp = [stat.st_size, stat.st_mtime_ns]
+        stamp = _stamp(file)
+        if stamp is None:
+            seen[str(file)] = NO_FILE
+            continue
         entry = known.get(str(file))
         if entry is None or entry[:2] != stamp:
             entry = [*stamp, sha256_file(file)]
@@ -36,3 +46,14 @@ def source_digest(files: list[Path], cache: Path) -> str:
             write_json(cache, seen)
     base = os.path.commonpath([os.path.abspath(file.parent) for file in files])
     return digest([[os.path.relpath(path, base), entry[2]] for path, entry in seen.items()])
+
+
+def _stamp(file: Path) -> list[int] | None:
+    """Size and time of the last change; None for what is no file."""
+    try:
+        found = file.stat()
+    except OSError as error:
+        if error.errno not in NOWHERE:
+            raise
+        return None
+    return [found.st_size, found.st_mtime_ns] if stat.S_ISREG(found.st_mode) else None

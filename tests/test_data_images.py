@@ -2,6 +2,7 @@
 
 import io
 import struct
+import threading
 import zlib
 
 import numpy as np
@@ -19,6 +20,26 @@ def encoded(picture: Image.Image, format: str = "PNG", **options: object) -> byt
     buffer = io.BytesIO()
     picture.save(buffer, format, **options)
     return buffer.getvalue()
+
+
+def png(
+    width: int, height: int, bits: int, row: bytes, colour: int = 0, transparent: bytes = b""
+) -> bytes:
+    """A PNG of one row of pixels; `colour` is 0 for grey, 2 for RGB."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        body = name + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    return b"".join(
+        [
+            b"\x89PNG\r\n\x1a\n",
+            chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)),
+            chunk(b"tRNS", transparent) if transparent else b"",
+            chunk(b"IDAT", zlib.compress(b"\x00" + row)),
+            chunk(b"IEND", b""),
+        ]
+    )
 
 
 def decode(data: bytes, **settings: object) -> np.ndarray:
@@ -71,15 +92,17 @@ def test_sixteen_bits_are_scaled() -> None:
 
 def test_sixteen_bit_colour() -> None:
     """Pillow writes none, so one by hand: 1 x 1, 16 bits, RGB."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        body = name + data
-        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 16, 2, 0, 0, 0))
-    pixel = chunk(b"IDAT", zlib.compress(b"\x00" + struct.pack(">HHH", 65535, 0x8000, 0)))
-    image = decode(b"\x89PNG\r\n\x1a\n" + header + pixel + chunk(b"IEND", b""))
+    image = decode(png(1, 1, 16, struct.pack(">HHH", 65535, 0x8000, 0), colour=2))
     assert image.tolist() == [[[255, 128, 0]]]
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_transparent_value_of_grey_is_white(bits: int) -> None:
+    values = [0, 100, 101, 200]
+    row = struct.pack(">4B" if bits == 8 else ">4H", *values)
+    image = decode(png(4, 1, bits, row, transparent=struct.pack(">H", 101)), channels=None)
+    opaque = values if bits == 8 else [(value * 255 + 32767) // 65535 for value in values]
+    assert image[0, :, 0].tolist() == [*opaque[:2], 255, opaque[3]]
 
 
 def test_cmyk_is_converted() -> None:
@@ -108,6 +131,37 @@ def test_exif_orientation_is_undone(orientation: int) -> None:
     }.get(orientation, picture)
     image = decode(encoded(turned, exif=exif), channels=1)
     assert np.array_equal(image[..., 0], GRADIENT)
+    tagged = encoded(turned, "TIFF", tiffinfo={0x0112: orientation})
+    assert np.array_equal(decode(tagged, channels=1)[..., 0], GRADIENT)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "WEBP"])
+def test_a_damaged_tag_of_exif_does_not_lose_the_picture(format: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, 72.5  # orientation; horizontal resolution, a fraction
+    picture = Image.fromarray(COLOURS)
+    whole = encoded(picture, format, exif=exif)
+    for order in ("<", ">"):
+        fraction = struct.pack(f"{order}HH", 0x011A, 5)
+        at = whole.find(fraction)
+        if at >= 0:
+            text = struct.pack(f"{order}HH", 0x011A, 2)
+            damaged = whole[:at] + text + whole[at + 4 :]
+    assert damaged != whole
+    assert np.array_equal(decode(damaged), decode(whole))
+    assert decode(damaged).shape == (8, 6, 3)
+
+
+def test_tags_of_tiff_of_another_type_or_past_64_bits() -> None:
+    whole = encoded(Image.fromarray(GRADIENT), "TIFF")
+    offsets = struct.pack("<HHI", 273, 4, 1)  # StripOffsets, LONG
+    at = whole.index(offsets)
+    for kind in (2, 5, 11, 12):  # as text, a fraction, a float, a double
+        with pytest.raises(Unreadable, match="damaged"):
+            decode(whole[:at] + struct.pack("<HHI", 273, kind, 1) + whole[at + 8 :])
+    for offset in (2**63, 2**64 - 1):
+        with pytest.raises(Unreadable):
+            decode(b"II\x2b\0\x08\0\0\0" + struct.pack("<Q", offset) + bytes(100))
 
 
 @pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG"])
@@ -159,8 +213,34 @@ def test_decompression_bombs_are_refused_unopened() -> None:
     assert len(bomb) < 10_000
     with pytest.raises(Unreadable, match=r"too large: 5000 x 5000 pixels, max_pixels 1000000"):
         decode(bomb, max_pixels=1_000_000)
-    with pytest.raises(Unreadable, match="too large"):
-        decode(encoded(Image.new("1", (14_000, 14_000))), max_pixels=10**12)
+    with pytest.raises(Unreadable, match="too large: over twice max_pixels 1000000"):
+        decode(png(50_000, 50_000, 8, b""), max_pixels=1_000_000)
+
+
+def test_max_pixels_decides_and_not_pillow_s_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    large = encoded(Image.new("1", (9500, 9500)))
+    assert Image.MAX_IMAGE_PIXELS is not None
+    assert Image.MAX_IMAGE_PIXELS < 9500**2
+    assert decode(large, channels=1, size=2).shape == (2, 2, 1)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    for format in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM"):
+        data = encoded(Image.new("RGB", (60, 50)), format)
+        assert decode(data, max_pixels=3000).shape == (50, 60, 3)
+        with pytest.raises(Unreadable, match="too large: 60 x 50 pixels, max_pixels 2999"):
+            decode(data, max_pixels=2999)
+    shapes: list[tuple[int, ...]] = []
+    threads = [
+        threading.Thread(
+            target=lambda n=n: shapes.append(decode(large, max_pixels=n, size=2).shape)
+        )
+        for n in (9500**2, 10**8, 10**9)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert shapes == [(2, 2, 3)] * 3
+    assert Image.MAX_IMAGE_PIXELS == 1000
 
 
 def test_other_files_and_ranges_are_refused() -> None:

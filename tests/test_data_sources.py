@@ -3,9 +3,14 @@
 import gzip
 import io
 import json
+import os
+import re
+import shutil
+import socket
 import struct
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,12 +19,15 @@ from PIL import Image
 from pydantic import ValidationError
 
 from chainrule.jobs.ingest import Config
+from chainrule.pipeline.config import explain
 from chainrule.pipeline.data.arrays import Arrays, Idx, SklearnDigits
-from chainrule.pipeline.data.audio import AudioFolder
+from chainrule.pipeline.data.audio import AudioFolder, decode
 from chainrule.pipeline.data.images import ImageFolder, Sprites
+from chainrule.pipeline.data.parquet import ParquetText
 from chainrule.pipeline.data.reader import Sample
 from chainrule.pipeline.data.sources import Source, SourceError, Unreadable, split
 from chainrule.pipeline.data.text import PythonStdlib, Text
+from chainrule.pipeline.sources import source_digest
 
 
 def texts(source: Source) -> list[str]:
@@ -132,6 +140,143 @@ def test_missing_and_empty_folders_are_one_line(kind: type, tmp_path: Path) -> N
         assert str(empty.value).startswith(f"{tmp_path}: no files that end in")
         assert str(empty.value).endswith("the folder is empty")
         assert "\n" not in str(empty.value)
+
+
+def places(source: Source) -> list[str]:
+    return [source.where(i) for i in range(len(source))]
+
+
+def test_links_are_followed_and_no_folder_is_read_twice(tmp_path: Path) -> None:
+    root, beside = tmp_path / "root", tmp_path / "beside"
+    for path in (
+        root / "cat/1.png",
+        root / "dog/deep/2.png",
+        beside / "3.png",
+        beside / "in/4.png",
+    ):
+        picture(path)
+    (root / "ant").symlink_to(root / "cat")  # read as cat
+    (root / "cat" / "again").symlink_to(root)  # a circle
+    (root / "cat" / "same.png").symlink_to("1.png")
+    (root / "fox").symlink_to(beside)
+    (root / "gnu").symlink_to(beside)  # read as fox
+    (beside / "in" / "up").symlink_to(beside)
+    (root / ".hidden").symlink_to(tmp_path)
+    settings = ImageFolder(kind="image-folder", path=root)
+    wanted = ["cat/1.png", "cat/same.png", "dog/deep/2.png", "fox/3.png", "fox/in/4.png"]
+    assert places(settings.open()) == wanted
+    assert settings.open().classes == ["cat", "dog", "fox"]
+    assert settings.files() == [root / name for name in wanted]
+    (tmp_path / "link").symlink_to(root)
+    assert places(ImageFolder(kind="image-folder", path=tmp_path / "link").open()) == wanted
+
+
+def test_a_folder_beside_that_holds_the_tree_adds_what_is_beside(tmp_path: Path) -> None:
+    picture(tmp_path / "root" / "a" / "1.png")
+    picture(tmp_path / "other" / "2.png")
+    (tmp_path / "root" / "up").symlink_to(tmp_path)
+    source = ImageFolder(kind="image-folder", path=tmp_path / "root").open()
+    assert places(source) == ["a/1.png", "up/other/2.png"]
+
+
+def test_what_is_no_file_is_unreadable_and_not_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture(tmp_path / "a.png")
+    (tmp_path / "b.png").symlink_to("nowhere.png")
+    (tmp_path / "c.png").symlink_to("c.png")
+    os.mkfifo(tmp_path / "d.png")
+    monkeypatch.chdir(tmp_path)  # a socket's path has 100 letters
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("e.png")
+    (tmp_path / "f.png").symlink_to("/dev/zero")
+    source = ImageFolder(kind="image-folder", path=tmp_path).open()
+    faults = [
+        "a link to nowhere.png, which is not there",
+        "Too many levels of symbolic links",
+        "a named pipe, not a file",
+        "a socket, not a file",
+        "a device, not a file",
+    ]
+    assert source.read(0).members["json"] == {"source": "a.png"}
+    for i, fault in enumerate(faults, 1):
+        with pytest.raises(Unreadable, match=fault):
+            source.read(i)
+    for suffix in (".txt", ".jsonl", ".txt.gz"):
+        os.mkfifo(tmp_path / f"x{suffix}")
+    documents = Text(kind="text", path=tmp_path, document="line").open()
+    assert places(documents) == ["x.jsonl", "x.txt", "x.txt.gz"]
+    for i in range(3):
+        with pytest.raises(Unreadable, match="a named pipe, not a file"):
+            documents.read(i)
+    os.mkfifo(tmp_path / "x.parquet")
+    with pytest.raises(SourceError, match=r"x\.parquet: a named pipe, not a file"):
+        ParquetText(kind="parquet-text", path=tmp_path).open()
+    with pytest.raises(SourceError, match=r"d\.png: not a whole PNG \(a named pipe"):
+        Sprites(kind="sprites", path=tmp_path, pattern="d.png").open()
+
+
+def test_a_name_that_is_not_utf8(tmp_path: Path) -> None:
+    folder = os.fsencode(tmp_path / "pictures")
+    picture(tmp_path / "pictures" / "a" / "1.png")
+    os.makedirs(folder + b"/caf\xe9")
+    for name in (b"/a/\xe9\\.png", b"/caf\xe9/1.png"):
+        shutil.copy(folder + b"/a/1.png", folder + name)
+    with tarfile.open(tmp_path / "pictures.tar", "w") as archive:
+        archive.add(tmp_path / "pictures", ".")
+    for path in (tmp_path / "pictures", tmp_path / "pictures.tar"):
+        source = ImageFolder(kind="image-folder", path=path).open()
+        assert places(source) == ["a/1.png", r"a/\xe9\\.png", r"caf\xe9/1.png"]
+        assert source.classes == ["a", r"caf\xe9"]
+        assert source.read(0).members["json"]["class"] == "a"
+        for i in (1, 2):
+            with pytest.raises(Unreadable, match="its name is not UTF-8; rename it"):
+                source.read(i)
+
+
+def test_the_hash_of_sources_takes_what_is_no_file_by_its_name(tmp_path: Path) -> None:
+    picture(tmp_path / "in" / "a.png")
+    cache = tmp_path / "runs" / ".sources" / "data.json"
+    cache.parent.parent.mkdir()
+    settings = ImageFolder(kind="image-folder", path=tmp_path / "in")
+    found = [source_digest(settings.files(), cache)]
+    (tmp_path / "in" / "b.png").symlink_to("nowhere.png")
+    (tmp_path / "in" / "c.png").symlink_to("c.png")
+    os.mkfifo(tmp_path / "in" / "d.png")
+    os.link(tmp_path / "in" / "a.png", os.fsencode(tmp_path / "in") + b"/\xe9.png")
+    found.append(source_digest(settings.files(), cache))
+    assert source_digest(settings.files(), cache) == found[1]
+    cache.unlink()
+    assert source_digest(settings.files(), cache) == found[1]
+    picture(tmp_path / "in" / "nowhere.png", 7)  # the link leads somewhere now
+    found.append(source_digest(settings.files(), cache))
+    assert len(set(found)) == 3
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("source", "fault"),
+    [
+        ({"kind": "image-folder", "size": 0}, "'source.size': a side has at least one pixel"),
+        ({"kind": "image-folder", "size": -4}, "a side has at least one pixel"),
+        ({"kind": "image-folder", "size": [0, 32]}, "a side has at least one pixel"),
+        ({"kind": "parquet-images", "size": 0}, "a side has at least one pixel"),
+        ({"kind": "sprites", "size": [32, 0]}, "a side has at least one pixel"),
+        ({"kind": "sprites", "pattern": ""}, "'source.pattern': a file name with"),
+        ({"kind": "sprites", "pattern": "/*.png"}, "'source.pattern': a file name with"),
+        ({"kind": "image-folder", "class_pattern": "("}, "'source.class_pattern': not a regular"),
+        ({"kind": "audio-folder", "class_pattern": "("}, "not a regular expression: missing \\)"),
+        ({"kind": "audio-folder", "seconds": float("inf")}, "should be a finite number"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(source: dict[str, Any], fault: str) -> None:
+    given = {"source": {"path": "pictures", **source}}
+    with pytest.raises(ValidationError) as error:
+        Config.model_validate(given)
+    (line,) = [line for _, line in explain(error.value, Config, given)]
+    assert re.search(fault, line)
 
 
 # Arrays
@@ -348,6 +493,41 @@ def test_recordings_that_cannot_be_used(tmp_path: Path) -> None:
     for i, fault in enumerate(faults):
         with pytest.raises(Unreadable, match=fault):
             source.read(i)
+
+
+@pytest.mark.parametrize(
+    ("format", "subtype"), [("WAV", "GSM610"), ("WAV", "G721_32"), ("AIFF", "GSM610")]
+)
+def test_recordings_in_codecs_that_cannot_seek(format: str, subtype: str) -> None:
+    soundfile.write(buffer := io.BytesIO(), tone(8000, 2.0), 8000, format=format, subtype=subtype)
+    samples = decode(buffer.getvalue(), 8000, 3600)
+    assert 16000 <= len(samples) < 16000 + 320  # a last block may be filled up
+    assert np.abs(samples[400:15600] - tone(8000, 2.0)[400:15600] * 32768).mean() < 700
+    with pytest.raises(Unreadable, match="too long: 2 s"):
+        decode(buffer.getvalue(), 8000, 1)
+    with pytest.raises(Unreadable, match="truncated"):
+        decode(buffer.getvalue()[:-1000], 8000, 3600)
+
+
+@pytest.mark.parametrize(
+    ("format", "subtype"), [("WAV", "PCM_16"), ("AIFF", "PCM_16"), ("AIFF", "FLOAT")]
+)
+def test_recordings_cut_anywhere_are_refused(format: str, subtype: str) -> None:
+    soundfile.write(buffer := io.BytesIO(), tone(8000, 1.0), 8000, format=format, subtype=subtype)
+    whole = buffer.getvalue()
+    assert len(decode(whole, 8000, 3600)) == 8000
+    for share in (0.3, 0.5, 0.9, 0.99):
+        with pytest.raises(Unreadable, match=r"truncated: \d+ of \d+ bytes of sound"):
+            decode(whole[: int(share * len(whole))], 8000, 3600)
+
+
+def test_an_aiff_that_was_written_to_a_pipe() -> None:
+    """SoX leaves the size of the longest sound there is."""
+    soundfile.write(buffer := io.BytesIO(), tone(8000), 8000, format="AIFF", subtype="PCM_16")
+    whole = bytearray(buffer.getvalue())
+    at = whole.index(b"SSND")
+    whole[at + 4 : at + 8] = struct.pack(">I", 0x7F000000 + 8)
+    assert len(decode(bytes(whole), 8000, 3600)) == 2000
 
 
 def test_recordings_of_one_length(tmp_path: Path) -> None:

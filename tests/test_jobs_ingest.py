@@ -232,6 +232,26 @@ def test_a_share_that_leaves_nothing_is_said(
     assert run(tmp_path / "cut", source=source, validation=0.01)["validation"] == 1
 
 
+def test_bad_names_links_and_pipes_are_inputs_like_others(pictures: Path, tmp_path: Path) -> None:
+    folder = os.fsencode(pictures)
+    (pictures / "a" / "loop.png").symlink_to("loop.png")
+    (pictures / "a" / "nowhere.png").symlink_to("moved away.png")
+    os.mkfifo(pictures / "a" / "pipe.png")
+    shutil.copy(folder + b"/a/00.png", folder + b"/a/\xe9.png")
+    settings: dict[str, Any] = {"source": {"kind": "image-folder", "path": str(pictures)}}
+    with pytest.raises(StageFailed, match="could not be used so far.*mend or remove them"):
+        run(tmp_path / "strict", **settings)
+    assert run(tmp_path / "out", **settings, max_skipped=0.1)["skipped"] == 4
+    lines = (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()
+    skipped = [json.loads(line) for line in lines]
+    assert {line["where"]: line["reason"] for line in skipped} == {
+        "a/loop.png": "Too many levels of symbolic links",
+        "a/nowhere.png": "a link to moved away.png, which is not there",
+        "a/pipe.png": "a named pipe, not a file",
+        r"a/\xe9.png": "its name is not UTF-8; rename it",
+    }
+
+
 def test_parquet_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"PAR1\xff\xfe")
     with pytest.raises(StageFailed, match="Parquet; that is read by source.kind parquet-text"):

@@ -11,16 +11,23 @@ from pydantic import Field
 
 from chainrule.pipeline.data.sources import (
     Labels,
+    Pattern,
     Raw,
     Source,
     SourceSettings,
     Tree,
     Unreadable,
+    shown,
     tree_files,
 )
 
-STREAMED = 0x7FFFF000
-"""Sizes from here on are placeholders of programs that wrote to a pipe."""
+SOUND_CHUNKS = {
+    (b"RIFF", b"WAVE"): ("<", b"data", 0x7FFFF000),
+    (b"FORM", b"AIFF"): (">", b"SSND", 0x7EFF0000),
+    (b"FORM", b"AIFC"): (">", b"SSND", 0x7EFF0000),
+}
+"""Byte order, name of the chunk with the sound, and the size from which on sizes are placeholders
+of programs that wrote to a pipe."""
 HEADER = 44
 """Bytes of the usual header, which some programs count with the sound."""
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif")
@@ -36,7 +43,7 @@ class AudioFolder(SourceSettings):
     kind: Literal["audio-folder"]
     path: Path
     sample_rate: int = Field(16_000, ge=1, description="Hz")
-    class_pattern: str | None = Field(
+    class_pattern: Pattern | None = Field(
         None, description="regular expression on the relative path; its first group is the class"
     )
     max_seconds: float = Field(3600.0, gt=0, description="longer recordings are refused")
@@ -67,7 +74,7 @@ class _Recordings(Source):
         return len(self._tree.names)
 
     def where(self, i: int) -> str:
-        return self._tree.names[i]
+        return shown(self._tree.names[i])
 
     def read(self, i: int) -> Raw:
         samples = decode(
@@ -104,7 +111,11 @@ def decode(data: bytes, rate: int, max_seconds: float) -> np.ndarray:
                     f"too long: {file.frames / file.samplerate:.0f} s, max_seconds {max_seconds:g}"
                 )
             exact = file.channels == 1 and file.samplerate == rate and file.subtype == "PCM_16"
-            samples = file.read(dtype="int16" if exact else "float32", always_2d=True)
+            samples = file.read(
+                frames=file.frames,  # the default asks for a codec that can seek; GSM 6.10 cannot
+                dtype="int16" if exact else "float32",
+                always_2d=True,
+            )
             if len(samples) != file.frames:
                 raise Unreadable(f"truncated: {len(samples)} of {file.frames} frames")
             own_rate = file.samplerate
@@ -124,16 +135,18 @@ def decode(data: bytes, rate: int, max_seconds: float) -> np.ndarray:
 
 
 def _require_whole(data: bytes) -> None:
-    """Unreadable where a RIFF file ends before its header says: libsndfile would take what is
-    there for all of it."""
-    if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
+    """Unreadable where a WAV or AIFF file ends before its header says: libsndfile would take what
+    is there for all of it."""
+    form = (data[:4], data[8:12])
+    if form not in SOUND_CHUNKS:
         return
+    order, sound, streamed = SOUND_CHUNKS[form]
     at = 12
     while at + 8 <= len(data):
-        kind, size = struct.unpack_from("<4sI", data, at)
-        if kind == b"data":
+        kind, size = struct.unpack_from(f"{order}4sI", data, at)
+        if kind == sound:
             held = len(data) - at - 8
-            if held + HEADER < size < STREAMED:
+            if held + HEADER < size < streamed:
                 raise Unreadable(f"truncated: {held} of {size} bytes of sound")
             return
         at += 8 + size + size % 2

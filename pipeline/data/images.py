@@ -4,7 +4,7 @@ What is done to a picture, in this order:
 
     animated          its first frame
     EXIF orientation  turned upright
-    transparent       laid over white (RGBA, LA, palette with transparency)
+    transparent       laid over white (RGBA, LA, a palette or one value of them transparent)
     16-bit grey       scaled to 8 bits (65535 becomes 255)
     palette, CMYK     converted to RGB
     `channels`        1: grey (ITU-R 601-2 luma); 3: RGB; None: as the picture is, grey or RGB
@@ -14,16 +14,21 @@ Truncated files, floating-point pictures, pictures past `max_pixels` (decompress
 and formats outside FORMATS are Unreadable.
 """
 
+import contextlib
 import io
 import struct
+import threading
 import warnings
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
-from pydantic import Field, field_validator
+from PIL.ExifTags import Base
+from PIL.PngImagePlugin import PngImageFile
+from pydantic import AfterValidator, Field, field_validator
 
 from chainrule.pipeline.data.captions import (
     BESIDE_SUFFIX,
@@ -34,12 +39,15 @@ from chainrule.pipeline.data.captions import (
 )
 from chainrule.pipeline.data.sources import (
     Labels,
+    Pattern,
     Raw,
     Source,
     SourceError,
     SourceSettings,
     Tree,
     Unreadable,
+    require_file,
+    shown,
     split_folders,
     tree_files,
 )
@@ -49,7 +57,43 @@ from chainrule.pipeline.data.stored_images import store
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 # What Pillow's readers raise on damaged files.
-FAULTS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error)
+FAULTS = (
+    *(OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error),
+    *(TypeError, ArithmeticError),  # a tag of TIFF that is of another type, or past 64 bits
+)
+Transpose = Image.Transpose
+UPRIGHT = {
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
+"""What undoes each orientation of EXIF."""
+
+_PROCESS_WIDE = threading.Lock()
+"""Held while a picture is decoded: Pillow's limit and the filters of warnings are those of all
+threads."""
+
+
+def _sides(size: Any) -> Any:
+    if any(side < 1 for side in np.atleast_1d([] if size is None else size)):
+        raise ValueError("a side has at least one pixel")
+    return size
+
+
+@contextlib.contextmanager
+def _pillow_takes(pixels: int) -> Iterator[None]:
+    """Pillow's own limit is no less than `pixels`. It refuses what is past twice the limit before
+    it makes room for it, where a size that is looked at afterwards comes too late."""
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = max(pixels, before or 0)
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
 class Pictures(SourceSettings):
@@ -57,7 +101,7 @@ class Pictures(SourceSettings):
 
     modality = "image"
     channels: Literal[1, 3] | None = Field(3, description="1 grey, 3 RGB, null as they are")
-    size: int | tuple[int, int] | None = Field(
+    size: Annotated[int | tuple[int, int] | None, AfterValidator(_sides)] = Field(
         None, description="side, or (height, width), in pixels; null keeps each picture's own"
     )
     resize: Literal["crop", "stretch"] = Field(
@@ -68,15 +112,15 @@ class Pictures(SourceSettings):
     def decode(self, data: bytes) -> np.ndarray:
         """uint8 (H, W, C) of an encoded picture. Unreadable."""
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with _PROCESS_WIDE, _pillow_takes(self.max_pixels), warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
                 warnings.filterwarnings("ignore", category=UserWarning)  # broken EXIF and the like
                 with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
                     self._refuse_large(picture)
                     picture.load()
                     return self._convert(picture)
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise Unreadable(f"too large: {error}") from None
+        except Image.DecompressionBombError:
+            raise Unreadable(f"too large: over twice max_pixels {self.max_pixels}") from None
         except UnidentifiedImageError:
             raise Unreadable(f"not a picture of a known format ({', '.join(FORMATS)})") from None
         except FAULTS as error:
@@ -88,8 +132,9 @@ class Pictures(SourceSettings):
             raise Unreadable(f"too large: {width} x {height} pixels, max_pixels {self.max_pixels}")
 
     def _convert(self, picture: Image.Image) -> np.ndarray:
-        upright = ImageOps.exif_transpose(picture)
-        upright = _to_8_bits(upright)
+        # Not by exif_transpose: it writes all of the EXIF anew, and fails where some is damaged.
+        turn = UPRIGHT.get(picture.getexif().get(Base.Orientation, 1))
+        upright = _to_8_bits(picture if turn is None else picture.transpose(turn))
         if upright.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in upright.info:
             upright = _over_white(upright)
         if upright.mode == "1":
@@ -114,7 +159,11 @@ def _to_8_bits(picture: Image.Image) -> Image.Image:
         values = np.asarray(picture).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
             raise Unreadable("damaged: 32-bit grey values outside 0..65535")
-        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
+        grey = ((values * 255 + 32767) // 65535).astype(np.uint8)
+        transparent = picture.info.get("transparency")  # one of the 65536 values
+        if transparent is not None:
+            grey[values == transparent] = 255
+        return Image.fromarray(grey)
     if picture.mode == "F":
         raise Unreadable("a floating-point picture has no stated range; convert it to 8 or 16 bits")
     return picture
@@ -132,7 +181,7 @@ class ImageFolder(Pictures):
 
     kind: Literal["image-folder"]
     path: Path
-    class_pattern: str | None = Field(
+    class_pattern: Pattern | None = Field(
         None, description="regular expression on the relative path; its first group is the class"
     )
     splits: dict[str, Literal["train", "validation"]] | None = Field(
@@ -188,7 +237,7 @@ class _PictureFiles(Source):
         return len(self._names)
 
     def where(self, i: int) -> str:
-        return self._names[i]
+        return shown(self._names[i])
 
     def split_of(self, i: int) -> str | None:
         return self._splits[i] if self._splits is not None else None
@@ -211,9 +260,18 @@ class Sprites(SourceSettings):
     kind: Literal["sprites"]
     path: Path = Field(description="folder of the sheets")
     pattern: str = Field("*.png", description="the sheets, taken in order of name")
-    size: tuple[int, int] = Field((32, 32), description="(height, width) of one picture")
+    size: Annotated[tuple[int, int], AfterValidator(_sides)] = Field(
+        (32, 32), description="(height, width) of one picture"
+    )
     labels: str | None = Field(None, description="text file in the folder, a class number a line")
     classes: list[str] | None = None
+
+    @field_validator("pattern")
+    @classmethod
+    def _pattern_within_the_folder(cls, value: str) -> str:
+        if not value or value.startswith("/"):
+            raise ValueError("a file name with * and ?, below the folder")
+        return value
 
     def _sheets(self) -> list[Path]:
         if not self.path.is_dir():
@@ -229,8 +287,11 @@ class Sprites(SourceSettings):
         arrays, where = [], []
         height, width = self.size
         for path in self._sheets():
-            with Image.open(path, formats=["PNG"]) as sheet:
-                rows = np.asarray(sheet.convert("RGB"))
+            try:
+                with PngImageFile(require_file(path)) as sheet:  # of any size: it is no bomb
+                    rows = np.asarray(sheet.convert("RGB"))
+            except (Unreadable, *FAULTS) as error:
+                raise SourceError(f"{path}: not a whole PNG ({error})") from None
             if rows.shape[1] != height * width:
                 raise SourceError(
                     f"{path}: rows of {rows.shape[1]} pixels, size {height} x {width} needs "

@@ -25,6 +25,8 @@ from chainrule.pipeline.data.sources import (
     SourceError,
     SourceSettings,
     Unreadable,
+    require_file,
+    shown,
     tree_files,
 )
 from chainrule.pipeline.data.stored_images import store
@@ -87,12 +89,15 @@ class _Rows(Source):
     def __init__(self, files: list[Path], root: Path, splits: Splits | None) -> None:
         import pyarrow.parquet as pq
 
-        self._names = [str(f.relative_to(root)) if root.is_dir() else f.name for f in files]
+        names = [str(f.relative_to(root)) if root.is_dir() else f.name for f in files]
+        self._names = [shown(name) for name in names]
         self._splits = None if splits is None else [_split(n, splits, root) for n in self._names]
         self._files = []
         for file in files:
             try:
-                self._files.append(pq.ParquetFile(file, memory_map=True))
+                self._files.append(pq.ParquetFile(require_file(file), memory_map=True))
+            except Unreadable as error:
+                raise SourceError(f"{file}: {error}; mend or remove it") from None
             except (OSError, ValueError) as error:  # pyarrow's ArrowInvalid is a ValueError
                 raise SourceError(f"{file}: not whole Parquet ({_line(error)})") from None
         groups = [

@@ -15,21 +15,29 @@ import gzip
 import io
 import os
 import re
+import stat
 import tarfile
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
+from pydantic import AfterValidator
 
 from chainrule.pipeline.config import RequestError, Settings
 from chainrule.pipeline.data.order import Permutation
 
 ARCHIVES = (".tar", ".tar.gz", ".tgz")
 SPLIT_STREAM = 0x5B117  # keeps the split's permutation apart from those of epochs
+NO_FILES = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 
 
 class SourceError(RequestError):
@@ -113,10 +121,46 @@ def split(source: Source, validation: float | None, seed: int, tail: bool) -> di
     return {"train": np.sort(order[held_out:]), "validation": np.sort(order[:held_out])}
 
 
+def shown(name: str) -> str:
+    """A file's name as text: that of one that is not UTF-8 has its bytes as `\\xe9` (and then
+    a backslash of its own as two)."""
+    if _is_utf8(name):
+        return name
+    return os.fsencode(name.replace("\\", "\\\\")).decode("utf-8", "backslashreplace")
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def require_file(path: Path) -> Path:
+    """`path`, if it is a file. Unreadable for a pipe, a socket or a device, which could keep the
+    reader for ever, and for a link that leads nowhere."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        broken = isinstance(error, FileNotFoundError) and path.is_symlink()
+        reason = f"a link to {shown(os.readlink(path))}, which is not there" if broken else None
+        raise Unreadable(reason or error.strerror or str(error)) from None
+    if not stat.S_ISREG(mode):
+        raise Unreadable(f"{NO_FILES.get(stat.S_IFMT(mode), 'something')}, not a file")
+    return path
+
+
 class Tree:
     """The files below a folder, or in a tar, by relative path, sorted. Never unpacked.
 
     Hidden files and folders are left out. A compressed tar is held in memory, unpacked.
+
+    Links to files and folders are followed, those in a tar left out. A folder is read once,
+    where it lies in the tree if it does, or else by the first link to it in order of name: links
+    that lead in a circle end there. What ends as a file should and is none (a link that leads
+    nowhere, a pipe, a device), or has a name that is not UTF-8, has its place in `names` and is
+    Unreadable.
     """
 
     def __init__(
@@ -150,7 +194,8 @@ class Tree:
         """Content of a file. Unreadable where the system refuses."""
         try:
             if self.path.is_dir():
-                return (self.path / name).read_bytes()
+                return self.file(name).read_bytes()
+            _require_utf8(name)
             offset, size = self._members[name]
             if self._data is not None:
                 return self._data[offset : offset + size]
@@ -159,6 +204,16 @@ class Tree:
                 return file.read(size)
         except OSError as error:
             raise Unreadable(error.strerror or str(error)) from None
+
+    def file(self, name: str) -> Path:
+        """Where a file of a folder lies. Unreadable where it is none."""
+        _require_utf8(name)
+        return require_file(self.path / name)
+
+
+def _require_utf8(name: str) -> None:
+    if not _is_utf8(name):
+        raise Unreadable("its name is not UTF-8; rename it")
 
 
 def _kinds(names: Iterable[str]) -> str:
@@ -177,12 +232,27 @@ def tree_files(path: Path, suffixes: Iterable[str]) -> list[Path]:
 
 
 def _below(path: Path) -> Iterable[str]:
-    for folder, folders, files in os.walk(path):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        base = Path(folder).relative_to(path).as_posix()
-        for name in files:
-            if not name.startswith("."):
-                yield name if base == "." else f"{base}/{name}"
+    seen: set[str] = set()
+    starts = [""]  # the folder itself; then links in it, links in what those lead to, and so on
+    while starts:
+        links: list[str] = []
+        for start in sorted(starts):
+            real = os.path.realpath(path / start)
+            for folder, folders, files in os.walk(real):
+                if folder in seen:
+                    folders.clear()
+                    continue
+                seen.add(folder)
+                within = os.path.relpath(folder, real)
+                base = start if within == "." else os.path.join(start, within)
+                folders[:] = [name for name in folders if not name.startswith(".")]
+                for name in folders:
+                    if os.path.islink(os.path.join(folder, name)):
+                        links.append(os.path.join(base, name))
+                for name in files:
+                    if not name.startswith("."):
+                        yield os.path.join(base, name)
+        starts = links
 
 
 def _tar_members(path: Path) -> tuple[dict[str, tuple[int, int]], bytes | None]:
@@ -204,6 +274,18 @@ def _tar_members(path: Path) -> tuple[dict[str, tuple[int, int]], bytes | None]:
     return members, data
 
 
+def _compiles(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"not a regular expression: {error}") from None
+    return pattern
+
+
+Pattern = Annotated[str, AfterValidator(_compiles)]
+"""A regular expression as a setting."""
+
+
 class Labels:
     """The class of each file: its first subfolder, or what a pattern finds in its path."""
 
@@ -214,15 +296,17 @@ class Labels:
             for name, match in zip(names, found, strict=True):
                 if match is None or not match.groups() or match.group(1) is None:
                     raise SourceError(
-                        f"{root / name}: class_pattern {pattern!r} finds no group in '{name}'"
+                        f"{root / shown(name)}: class_pattern {pattern!r} finds no group in "
+                        f"'{shown(name)}'"
                     )
-            of = [match.group(1) for match in found if match is not None]
+            of = [shown(match.group(1)) for match in found if match is not None]
         else:
-            of = [name.split("/", 1)[0] if "/" in name else "" for name in names]
+            of = [shown(name.split("/", 1)[0]) if "/" in name else "" for name in names]
             if any(of) and not all(of):
                 stray = names[of.index("")]
                 raise SourceError(
-                    f"{root / stray}: lies beside the class folders; move it into one, or remove it"
+                    f"{root / shown(stray)}: lies beside the class folders; move it into one, or "
+                    "remove it"
                 )
         self.classes: list[str] | None = sorted(set(of)) if any(of) else None
         self._of = of
@@ -241,7 +325,8 @@ def split_folders(names: list[str], mapping: dict[str, str], root: Path) -> list
         top, _, rest = name.partition("/")
         if top not in mapping or not rest:
             raise SourceError(
-                f"{root / name}: not below one of the split folders {', '.join(sorted(mapping))}"
+                f"{root / shown(name)}: not below one of the split folders "
+                f"{', '.join(sorted(mapping))}"
             )
         result.append((mapping[top], rest))
     return result

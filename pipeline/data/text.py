@@ -22,6 +22,7 @@ from chainrule.pipeline.data.sources import (
     SourceSettings,
     Tree,
     Unreadable,
+    shown,
     tree_files,
 )
 
@@ -96,7 +97,7 @@ class _Documents(Source):
             if self._tree is None:
                 content = _mapped(self._settings.path)
             elif self._tree.path.is_dir():
-                content = _mapped(self._tree.path / name)
+                content = _mapped(self._tree.file(name))
             else:
                 content = self._tree.read(name)
             self._held = (file, _unpacked(content, name))
@@ -132,14 +133,18 @@ class _Documents(Source):
 
     def where(self, i: int) -> str:
         file = int(self._files[i])
+        name = shown(self._names[file])
         whole = self._settings.document == "file" and self._settings.document_bytes is None
         if whole and not self._is_json(file):
-            return self._names[file]
-        data, start = self._content(file), int(self._starts[i])
+            return name
+        try:
+            data, start = self._content(file), int(self._starts[i])
+        except Unreadable:
+            return name
         before = sum(
             data[at : min(at + CHUNK, start)].count(b"\n") for at in range(0, start, CHUNK)
         )
-        return f"{self._names[file]}, line {before + 1}"
+        return f"{name}, line {before + 1}"
 
     def read(self, i: int) -> Raw:
         file = int(self._files[i])
