@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,7 +96,7 @@ def run_pipeline(
 ) -> int:
     """Run what is not fresh; the exit code. Every decision is said, with its reason.
 
-    With `keep_going` a stage that failed ends only those that hang on it.
+    With `keep_going` a stage that failed, of whatever, ends only those that hang on it.
     """
     pipeline.root.mkdir(parents=True, exist_ok=True)  # hashes of source files are kept there
     planned = decide(pipeline, selection)
@@ -127,6 +128,14 @@ def run_pipeline(
                     raise
                 say(f"error: {error}")
                 failed[plan.name] = str(error).splitlines()[0]
+            except (RequestError, StageInterrupted):
+                raise
+            except Exception as error:
+                if not keep_going:
+                    raise
+                traceback.print_exc()
+                failed[plan.name] = f"{type(error).__name__}: {error}".splitlines()[0]
+                say(f"error: {failed[plan.name]}")
         if not failed:
             status = "FINISHED"
         if on_done is not None:

@@ -25,7 +25,7 @@ from chainrule.pipeline.config import RequestError, Settings, runtime
 from chainrule.pipeline.graph import State
 from chainrule.pipeline.launch import Selection
 from chainrule.pipeline.pipeline_file import load_pipeline
-from chainrule.pipeline.stage import DONE, FAILED, Input, Stage, StageFailed
+from chainrule.pipeline.stage import DONE, FAILED, Input, Stage, StageFailed, StageInterrupted
 
 
 class Inner(Settings):
@@ -42,6 +42,7 @@ class SourceConfig(Settings):
 class JoinConfig(Settings):
     times: int = 1
     fail: bool = False
+    raises: bool = False
 
 
 def write(config: SourceConfig, stage: Stage) -> None:
@@ -55,6 +56,8 @@ def join(config: JoinConfig, stage: Stage) -> None:
     attempts.write_text((attempts.read_text() if attempts.exists() else "") + "x")
     if config.fail and len(attempts.read_text()) == 1:
         raise StageFailed("the first attempt fails")
+    if config.raises:
+        raise ZeroDivisionError("nobody thought of it\nat all")
     texts = [found.path("out.txt").read_text() for found in stage.inputs["parts"]]
     (stage.folder / "out.txt").write_text("".join(texts) * config.times)
 
@@ -264,6 +267,31 @@ def test_a_failure_ends_what_hangs_on_it_and_with_keep_going_no_more(
     assert "not done: c: the first attempt fails" in said
     assert "not done: d: needs c" in said
     assert launch.run_pipeline(load(config, "c.fail=true"), Selection(), keep_going=True) == DONE
+
+
+def test_keep_going_goes_on_past_what_no_job_foresaw(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.write_text(TEXT + "  e: {job: write, text: three}\n")
+    pipeline = load(config, "c.raises=true")
+    assert launch.run_pipeline(pipeline, Selection(), keep_going=True) == FAILED
+    found = states(config, "c.raises=true")
+    assert (found["c"], found["d"], found["e"]) == ("failed", "new", "fresh")
+    fault = "ZeroDivisionError: nobody thought of it"
+    assert load(config, "c.raises=true").state("c")[1] == fault
+    said = capsys.readouterr().err
+    assert "Traceback" in said
+    assert f"not done: c: {fault}\nnot done: d: needs c" in said
+    with pytest.raises(ZeroDivisionError):
+        launch.run_pipeline(load(config, "c.raises=true"), Selection())
+    for end in (KeyboardInterrupt, StageInterrupted("saved"), RequestError("wrong")):
+
+        def stop(*_: object, end: BaseException | type[BaseException] = end) -> None:
+            raise end
+
+        monkeypatch.setattr(launch, "run_here", stop)
+        with pytest.raises(end if isinstance(end, type) else type(end)):
+            launch.run_pipeline(load(config, "c.raises=true"), Selection(), keep_going=True)
 
 
 def test_unfinished_work_under_other_settings_is_put_aside(
