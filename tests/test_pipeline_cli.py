@@ -1,5 +1,7 @@
 """The command itself, before any of its commands."""
 
+import importlib
+import os
 import subprocess
 import sys
 import tomllib
@@ -39,3 +41,20 @@ def test_a_value_that_is_no_yaml_is_shown_in_quotes() -> None:
     with pytest.raises(RequestError, match=r"""--set 'stop=":"', in a list \[":"\]"""):
         settings("sample", {}, ["stop=:"])
     assert settings("sample", {}, ['stop=[":"]']).stop == [":"]
+
+
+def test_ctrl_c_while_the_command_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-m", "chainrule.pipeline", "--version"],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+    module, _, function = PROJECT["scripts"]["chainrule"].partition(":")
+    assert callable(getattr(importlib.import_module(module), function))
