@@ -11,7 +11,6 @@ is a function of (seed, step, rank).
 """
 
 import logging
-import math
 import os
 from collections.abc import Iterator
 from typing import Any, cast
@@ -117,7 +116,7 @@ class Config(Settings):
     @classmethod
     def _weights_are_shares(cls, value: dict[str, float] | None) -> dict[str, float] | None:
         for name, weight in (value or {}).items():
-            if not 0 < weight < math.inf:
+            if weight <= 0:
                 raise ValueError(
                     f"{name}: {weight:g} is no share of the rows; leave a set out of the stage's "
                     "inputs that is not to be drawn from"
@@ -474,4 +473,4 @@ def unlikely(
 
 def seed_of(seed: int, step: int, rank: int) -> int:
     """A seed for everything random in one step on one rank (dropout, dropped classes)."""
-    return (seed * 1_000_003 + step) * 65_537 + rank
+    return ((seed * 1_000_003 + step) * 65_537 + rank) % 2**64  # what torch takes

@@ -13,7 +13,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+SEEDS = 2**63
+"""Torch's generators take one more bit, NumPy's any number, neither one below 0."""
 
 
 class RequestError(Exception):
@@ -21,9 +24,20 @@ class RequestError(Exception):
 
 
 class Settings(BaseModel):
-    """Strict and immutable: an unknown key or a wrong type is an error."""
+    """Strict and immutable: an unknown key or a wrong type is an error, and so is a number that is
+    not finite, or a seed that not every generator takes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+    @field_validator("*")
+    @classmethod
+    def _seeds_of_generators(cls, value: Any, info: ValidationInfo) -> Any:
+        seed = info.field_name is not None and info.field_name.endswith("seed")
+        if seed and isinstance(value, int) and not 0 <= value < SEEDS:
+            raise ValueError("a seed is a whole number from 0 to 2^63 - 1")
+        return value
 
 
 class Resources(Settings):

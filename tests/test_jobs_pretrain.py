@@ -544,7 +544,11 @@ def test_strategies_that_cannot_work_are_refused_before_anything_runs(tmp_path, 
         ({"steps": 0}, "greater than or equal to 1"),
         *(
             ({"mixture_weights": {"a": weight, "b": 1}}, "a: .* is no share of the rows; leave")
-            for weight in (0, -1, math.inf, math.nan)
+            for weight in (0, -1)
+        ),
+        *(
+            ({"mixture_weights": {"a": weight, "b": 1}}, "should be a finite number")
+            for weight in (math.inf, math.nan)
         ),
         *(
             (
@@ -642,3 +646,8 @@ def test_a_model_beyond_the_memory_is_refused_before_it_is_built(
         run(tmp_path / "beyond", [text], steps=1)
     monkeypatch.setattr(pretrain, "physical_memory", lambda: None)
     run(tmp_path / "unknown", [text], steps=1)
+
+
+def test_any_seed_of_a_step_is_one_that_torch_takes() -> None:
+    assert pretrain.seed_of(3, 5, 7) == (3 * 1_000_003 + 5) * 65_537 + 7
+    torch.manual_seed(pretrain.seed_of(2**63 - 1, 10**9, 1000))

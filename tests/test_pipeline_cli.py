@@ -8,11 +8,13 @@ import tomllib
 from importlib import metadata
 from pathlib import Path
 
+import pydantic
 import pytest
 
 from chainrule.pipeline import cli
+from chainrule.pipeline.catalogue import job_module, stage_jobs
 from chainrule.pipeline.cli_model import settings
-from chainrule.pipeline.config import RequestError
+from chainrule.pipeline.config import RequestError, explain
 
 PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
 
@@ -58,3 +60,20 @@ def test_ctrl_c_while_the_command_is_imported(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
     module, _, function = PROJECT["scripts"]["chainrule"].partition(":")
     assert callable(getattr(importlib.import_module(module), function))
+
+
+@pytest.mark.parametrize("job", stage_jobs())
+def test_numbers_that_no_job_can_use_are_refused(job: str) -> None:
+    config = job_module(job).Config
+    fields = {
+        name: field.annotation
+        for name, field in config.model_fields.items()
+        if name == "seed" or field.annotation in (float, float | None)
+    }
+    for name, kind in fields.items():
+        wrong = (-1, 2**63, 2**70) if name == "seed" else (float("inf"), float("nan"))
+        for value in wrong:
+            with pytest.raises(pydantic.ValidationError) as error:
+                config.model_validate({name: value})
+            said = dict(explain(error.value, config, {name: value}))[(name,)]
+            assert ("a seed is" in said or "greater than" in said) or "finite" in said, kind
