@@ -95,6 +95,12 @@ def test_altered_folders_are_refused_by_fingerprint(tmp_path: Path) -> None:
     weights.write_bytes(good)
 
     changed = json.loads(good_card)
+    changed["resolution"] = [8, 8]
+    card.write_text(json.dumps(changed))
+    with pytest.raises(TokenizerError, match="altered: it is not what card_sha256"):
+        interface.load(tmp_path)
+    changed = json.loads(good_card)
+    del changed["card_sha256"]  # as cards were before: the fingerprint alone speaks
     changed["settings"]["quantizer"]["commitment"] = 0.5
     card.write_text(json.dumps(changed))
     with pytest.raises(TokenizerError, match="altered"):

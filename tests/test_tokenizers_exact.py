@@ -1,15 +1,23 @@
 """Palette, pixels and mu-law: what comes back, and how close."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from chainrule.tokenizers import interface
+from chainrule.tokenizers.bytes import ByteTokenizer
+from chainrule.tokenizers.characters import CharacterTokenizer
 from chainrule.tokenizers.interface import Tokenizer, TokenizerError
 from chainrule.tokenizers.mulaw import MuLawSettings, MuLawTokenizer
 from chainrule.tokenizers.palette import PaletteSettings, PaletteTokenizer
+from chainrule.tokenizers.pixels import PixelSettings, PixelTokenizer
+from chainrule.tokenizers.standardize import StandardizeTokenizer
+from chainrule.tokenizers.text import SentencePieceSettings, SentencePieceTokenizer
+from chainrule.tokenizers.vqvae import VQVAESettings, VQVAETokenizer
 
 
 def photograph() -> np.ndarray:
@@ -103,3 +111,100 @@ def test_saved_and_loaded_they_are_the_same(tmp_path: Path) -> None:
         with pytest.raises(TokenizerError, match="altered"):
             interface.load(folder)
     assert MuLawTokenizer(MuLawSettings(), 1).fingerprint != kinds[0].fingerprint
+
+
+def _every_kind() -> list[Tokenizer]:
+    grey = np.arange(256, dtype=np.uint8).reshape(-1, 1)
+    text = SentencePieceSettings(vocabulary_size=270)
+    learned = {"hidden": 8, "dim": 4, "codebook_size": 16, "residual_layers": 1}
+    facts = {"health": {"psnr": 20.0, "usage_of_reachable": 0.1}}
+    return [
+        MuLawTokenizer(MuLawSettings(), 8000),
+        PaletteTokenizer.train(PaletteSettings(colours=8), grey, 0),
+        SentencePieceTokenizer.train(text, ["to be or not to be"] * 20),
+        CharacterTokenizer.train(["to be"]),
+        ByteTokenizer(),
+        PixelTokenizer(PixelSettings()),
+        StandardizeTokenizer.train(np.array([[0.0], [1.0]])),
+        VQVAETokenizer(VQVAESettings.model_validate(learned), 1, (8, 8), facts=facts),
+    ]
+
+
+@pytest.fixture(scope="module")
+def every_kind() -> list[Tokenizer]:
+    return _every_kind()
+
+
+EDITS: list[dict[str, Any]] = [
+    {"kind": ["vqvae"]},
+    {"kind": None},
+    {"health": {"psnr": 99.0, "usage_of_reachable": 1.0}},
+    {"health": "fine"},
+    {"vocabulary": {"size": 3}},
+    {"settings": None},
+    {"settings": {}},
+    {"channels": None},
+    {"channels": 10**9},
+    {"resolution": 5},
+    {"resolution": [8]},
+    {"sample_rate": None},
+    {"alphabet": 3},
+    {"mean": None},
+    {"columns": 3},
+    {"depth": 7},
+    {"format": 2},
+]
+
+
+def test_an_altered_card_is_refused_whatever_was_altered(
+    every_kind: list[Tokenizer], tmp_path: Path
+) -> None:
+    for tokenizer in every_kind:
+        tokenizer.save(tmp_path)
+        path = tmp_path / "card.json"
+        good = path.read_bytes()
+        for edit in EDITS:
+            path.write_text(json.dumps({**json.loads(good), **edit}))
+            with pytest.raises(TokenizerError, match=r"card\.json: altered") as caught:
+                interface.load(tmp_path)
+            assert len(str(caught.value).splitlines()) <= 2
+        for content in (
+            good.replace(b'"kind"', b'"k\xffnd"'),
+            b"\xff" + good[1:],
+            good.replace(b'"format": 1', b'"format": NaN'),
+            b"[" * 100_000,
+            b"[]",
+        ):
+            path.write_bytes(content)
+            with pytest.raises(TokenizerError, match=r"card\.json: (not JSON|no 'kind')"):
+                interface.load(tmp_path)
+        path.unlink()
+        path.mkdir()
+        with pytest.raises(TokenizerError, match=r"card\.json: Is a directory"):
+            interface.load(tmp_path)
+        path.rmdir()
+
+
+def test_a_card_from_before_cards_had_a_digest_is_read_or_refused_by_name(
+    every_kind: list[Tokenizer], tmp_path: Path
+) -> None:
+    for tokenizer in every_kind:
+        tokenizer.save(tmp_path)
+        path = tmp_path / "card.json"
+        old = json.loads(path.read_text())
+        del old["card_sha256"]
+        path.write_text(json.dumps(old))
+        assert interface.load(tmp_path).card() == tokenizer.card()
+        for edit in EDITS:
+            path.write_text(json.dumps({**old, **edit}))
+            with suppress(TokenizerError):  # no other error, whatever was altered
+                interface.load(tmp_path)
+
+
+def test_weights_that_cannot_be_read_are_named(every_kind: list[Tokenizer], tmp_path: Path) -> None:
+    for name, number in (("weights.safetensors", 1), ("sentencepiece.model", 2)):
+        every_kind[number].save(tmp_path)
+        (tmp_path / name).unlink()
+        (tmp_path / name).mkdir()
+        with pytest.raises(TokenizerError, match=f"{name}: Is a directory"):
+            interface.load(tmp_path)

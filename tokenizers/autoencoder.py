@@ -20,6 +20,7 @@ from chainrule.tokenizers.interface import (
     check_ids,
     fingerprint_of,
     read_card,
+    read_weights,
     require_fingerprint,
     write_card,
     write_whole,
@@ -153,13 +154,17 @@ class AutoencoderTokenizer(Tokenizer):
 
     def _check(self, image: Any) -> np.ndarray:
         image = np.asarray(image)
-        if image.ndim != 3 or image.dtype != np.uint8 or image.shape[2] != self.channels:
+        self.check_shape(image.shape, image.dtype)
+        return image
+
+    def check_shape(self, shape: tuple[int, ...], dtype: Any = np.uint8) -> None:
+        """TokenizerError where an image of this shape cannot be encoded."""
+        if len(shape) != 3 or np.dtype(dtype) != np.uint8 or shape[2] != self.channels:
             raise TokenizerError(
-                f"image is {image.dtype} {image.shape}; this tokenizer takes uint8 "
+                f"image is {np.dtype(dtype)} {shape}; this tokenizer takes uint8 "
                 f"(H, W, {self.channels})"
             )
-        self.token_grid(*image.shape[:2])
-        return image
+        self.token_grid(*shape[:2])
 
     @torch.no_grad()
     def encode(self, batch: Sequence[Any]) -> list[np.ndarray]:
@@ -220,10 +225,10 @@ class AutoencoderTokenizer(Tokenizer):
         card = read_card(folder)
         try:
             settings = cls.settings_class.model_validate(card["settings"])
-            channels, resolution = int(card["channels"]), tuple(card["resolution"])
-            state = load((folder / WEIGHTS).read_bytes())
-        except FileNotFoundError:
-            raise TokenizerError(f"{folder}: no {WEIGHTS}") from None
+            channels, resolution = _channels_and_resolution(card)
+            state = load(read_weights(folder, WEIGHTS))
+        except TokenizerError:
+            raise
         except (SafetensorError, KeyError, ValueError) as error:
             raise TokenizerError(f"{folder}: altered or cut ({_first_line(error)})") from None
         model = cls.build(settings, channels)
@@ -251,6 +256,17 @@ _CARD_KEYS = {
     "depth",
     "fingerprint",
 }
+
+
+def _channels_and_resolution(card: dict[str, Any]) -> tuple[int, tuple[int, int]]:
+    """ValueError where they are not those of pictures."""
+    channels, resolution = card["channels"], card["resolution"]
+    if channels not in (1, 3):
+        raise ValueError(f"channels {channels!r}")
+    sides = resolution if isinstance(resolution, list) else []
+    if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
+        raise ValueError(f"resolution {resolution!r}")
+    return channels, (sides[0], sides[1])
 
 
 def _first_line(error: Exception) -> str:

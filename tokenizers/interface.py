@@ -3,7 +3,8 @@
 A tokenizer's folder holds `card.json` (kind, modality, vocabulary, fingerprint, and what
 the kind adds: grid, downsampling, codebook health, ...) and its weights: `weights.safetensors`
 or `sentencepiece.model`. The fingerprint is a hash of what decides encode and decode
-(settings and weights), so an altered file is refused when it is loaded.
+(settings and weights), and `card_sha256` one of all else that the card states (its health,
+the vocabulary), so an altered file is refused when it is loaded.
 """
 
 import hashlib
@@ -153,28 +154,69 @@ def write_whole(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
+def read_weights(folder: Path, name: str) -> bytes:
+    """A file beside the card. TokenizerError where it is not there or cannot be read."""
+    try:
+        return (folder / name).read_bytes()
+    except FileNotFoundError:
+        raise TokenizerError(f"{folder}: no {name}") from None
+    except OSError as error:
+        raise TokenizerError(f"{folder / name}: {error.strerror}") from None
+
+
+CARD = "card.json"
+CARD_SHA256 = "card_sha256"
+
+
 def write_card(folder: Path, card: Mapping[str, Any]) -> None:
     """`card.json`, written last by every `save`: its presence says that the folder is whole."""
-    write_whole(folder / "card.json", (json.dumps(card, indent=1, allow_nan=False) + "\n").encode())
+    content = json.dumps({**card, CARD_SHA256: _card_sha256(card)}, indent=1, allow_nan=False)
+    write_whole(folder / CARD, (content + "\n").encode())
 
 
 def read_card(folder: Path) -> dict[str, Any]:
+    """What `write_card` was given. TokenizerError where it is not there, or was altered.
+
+    A card that states no digest of itself was written before cards had one, and is taken as
+    it is.
+    """
+    path = folder / CARD
     try:
-        card = json.loads((folder / "card.json").read_text())
+        card = json.loads(path.read_bytes(), parse_constant=_refuse_constant)
     except FileNotFoundError:
         raise TokenizerError(f"{folder}: not a tokenizer folder (no card.json)") from None
-    except json.JSONDecodeError as error:
-        raise TokenizerError(f"{folder / 'card.json'}: not JSON ({error})") from None
+    except OSError as error:
+        raise TokenizerError(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"{path}: not JSON ({error})") from None
     if not isinstance(card, dict) or "kind" not in card:
-        raise TokenizerError(f"{folder / 'card.json'}: no 'kind'")
+        raise TokenizerError(f"{path}: no 'kind'")
+    stated = card.pop(CARD_SHA256, None)
+    if stated is not None and stated != _card_sha256(card):
+        raise TokenizerError(
+            f"{path}: altered: it is not what {CARD_SHA256} in it was taken of; "
+            "train the tokenizer again"
+        )
+    if not isinstance(card.get("health", {}), dict):
+        raise TokenizerError(f"{path}: altered: health is not a table of figures")
     return card
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
+
+
+def _card_sha256(card: Mapping[str, Any]) -> str:
+    # by way of JSON: what is read back has lists for tuples
+    plain = json.loads(json.dumps(card, allow_nan=False))
+    return fingerprint_of(plain, {})
 
 
 def load(folder: str | Path, device: str = "cpu") -> Tokenizer:
     """The tokenizer in `folder`, whatever its kind; refused if it was altered."""
     folder = Path(folder)
     kind = read_card(folder)["kind"]
-    if kind not in LOADERS:
+    if not isinstance(kind, str) or kind not in LOADERS:
         raise TokenizerError(
             f"{folder / 'card.json'}: unknown kind {kind!r}; known: {', '.join(sorted(LOADERS))}"
         )

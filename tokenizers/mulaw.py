@@ -94,7 +94,7 @@ class MuLawTokenizer(Tokenizer):
         try:
             settings = MuLawSettings.model_validate(card.get("settings"))
             tokenizer = cls(settings, int(card["sample_rate"]))
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):
             raise TokenizerError(f"{folder / 'card.json'}: not a card of mulaw") from None
         require_fingerprint(folder, card, tokenizer.fingerprint)
         return tokenizer

@@ -20,6 +20,7 @@ from chainrule.tokenizers.interface import (
     check_ids,
     fingerprint_of,
     read_card,
+    read_weights,
     require_fingerprint,
     write_card,
     write_whole,
@@ -151,9 +152,9 @@ class PaletteTokenizer(Tokenizer):
         card = read_card(folder)
         try:
             settings = PaletteSettings.model_validate(card.get("settings"))
-            colours = load((folder / WEIGHTS).read_bytes())["colours"]
-        except FileNotFoundError:
-            raise TokenizerError(f"{folder}: no {WEIGHTS}") from None
+            colours = load(read_weights(folder, WEIGHTS))["colours"]
+        except TokenizerError:
+            raise
         except (SafetensorError, KeyError, ValueError) as error:
             raise TokenizerError(f"{folder}: altered or cut ({type(error).__name__})") from None
         known = {"kind", "format", "modality", "vocabulary", "settings", "channels"}

@@ -27,6 +27,7 @@ from chainrule.tokenizers.interface import (
     check_ids,
     fingerprint_of,
     read_card,
+    read_weights,
     require_fingerprint,
     write_card,
     write_whole,
@@ -251,13 +252,11 @@ class SentencePieceTokenizer(Tokenizer):
         card = read_card(folder)
         try:
             settings = SentencePieceSettings.model_validate(card.get("settings"))
-            model = (folder / MODEL).read_bytes()
-        except FileNotFoundError:
-            raise TokenizerError(f"{folder}: no {MODEL}") from None
         except ValueError:
             raise TokenizerError(
                 f"{folder / 'card.json'}: settings are not those of sentencepiece"
             ) from None
+        model = read_weights(folder, MODEL)
         # before the model is parsed: nothing altered reaches SentencePiece's C++
         require_fingerprint(folder, card, fingerprint_of({"kind": cls.kind}, {"model": model}))
         known = {"kind", "format", "modality", "vocabulary", "settings", "fingerprint"}
