@@ -1,6 +1,8 @@
 """Text tokenizers: every string comes back, specials stay apart, altered models are refused."""
 
+import io
 import json
+import random
 import sys
 import types
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
+from pydantic import ValidationError
 
 from chainrule.tokenizers import interface
 from chainrule.tokenizers.bytes import ByteTokenizer
@@ -84,6 +87,81 @@ def _cached(model: str) -> Tokenizer:
     return _trained[model]
 
 
+def _dna() -> list[str]:
+    draw = random.Random(0)
+    return ["".join(draw.choices("ACGT", k=2000)) + "\n" for _ in range(40)]
+
+
+def _chinese() -> list[str]:
+    """Characters without words between them, and two spaces in all."""
+    draw = random.Random(0)
+    letters = [chr(0x4E00 + i) for i in range(100)]
+    documents = ["".join(draw.choices(letters, k=3000)) for _ in range(20)]
+    documents[3] = documents[3][:1500] + " " + documents[3][1500:2000] + " " + documents[3][2000:]
+    return documents
+
+
+SPACELESS = {"dna": _dna, "chinese": _chinese}
+_spaceless: dict[tuple[str, str], SentencePieceTokenizer] = {}
+
+
+def spaceless(corpus: str, model: str) -> SentencePieceTokenizer:
+    if (corpus, model) not in _spaceless:
+        given = SentencePieceSettings.model_validate({"model": model, "vocabulary_size": 360})
+        trained = SentencePieceTokenizer.train(given, SPACELESS[corpus]())
+        _spaceless[corpus, model] = trained
+    return _spaceless[corpus, model]
+
+
+@pytest.mark.parametrize("model", ["bpe", "unigram"])
+@pytest.mark.parametrize("corpus", SPACELESS)
+def test_spaces_come_back_where_none_were_learned(corpus: str, model: str) -> None:
+    tokenizer = spaceless(corpus, model)
+    for text in [*TRICKY, "AC GT", "A▁C G", "一 丁", *SPACELESS[corpus]()[:5]]:
+        assert tokenizer.decode(tokenizer.encode([text])) == [text]
+    space, mark = tokenizer.encode([" ", "▁"])
+    assert (len(space), len(mark)) == (1, 3)
+
+
+@pytest.mark.slow
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from(sorted(SPACELESS)),
+    st.sampled_from(["bpe", "unigram"]),
+    st.lists(st.text(st.sampled_from("ACGT \n▁一丁é") | st.characters(), max_size=40)),
+)
+def test_every_string_comes_back_where_no_space_was_learned(
+    corpus: str, model: str, texts: list[str]
+) -> None:
+    texts = [text for text in texts if not any("\ud800" <= c <= "\udfff" for c in text)]
+    tokenizer = spaceless(corpus, model)
+    assert tokenizer.decode(tokenizer.encode(texts)) == texts
+
+
+def test_a_model_without_a_piece_for_a_space_gives_spaces_back_and_refuses_their_mark() -> None:
+    from sentencepiece import SentencePieceTrainer
+
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(_dna()),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=300,
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        normalization_rule_name="identity",
+        byte_fallback=True,
+        bos_id=-1,
+        eos_id=-1,
+        minloglevel=2,
+    )
+    tokenizer = SentencePieceTokenizer(SentencePieceSettings(), model.getvalue())
+    text = " AC  GT \n"
+    assert tokenizer.decode(tokenizer.encode([text])) == [text]
+    with pytest.raises(TokenizerError, match=r"holds U\+2581.*no piece for a space.*train"):
+        tokenizer.encode(["AC", "A▁C"])
+
+
 def test_newlines_and_indents_are_learned(bpe: SentencePieceTokenizer) -> None:
     [tokens] = bpe.encode([CORPUS[0]])
     assert len(tokens) < len(CORPUS[0]) / 2
@@ -134,6 +212,57 @@ def test_user_symbols_are_one_token_each() -> None:
     [tokens] = tokenizer.encode(["a<image><|end|>b"])
     assert len(tokens) == 4
     assert tokenizer.decode([tokens]) == ["a<image><|end|>b"]
+
+
+@pytest.mark.parametrize("model", ["bpe", "unigram"])
+@pytest.mark.parametrize("normalization", ["identity", "nfkc"])
+def test_user_symbols_with_spaces_are_one_token_each(model: str, normalization: str) -> None:
+    symbols = ["the end", "  ", " ", "x y", "x"]
+    for chosen in (symbols, symbols[:2]):
+        tokenizer = train(
+            model=model, vocabulary_size=320, normalization=normalization, user_symbols=chosen
+        )
+        for symbol, tokens in zip(chosen, tokenizer.encode(chosen), strict=True):
+            assert len(tokens) == 1
+            assert tokenizer.decode([tokens]) == [symbol]
+        for text in ("at the end  ", "a  b   c", "the▁end", "x y x  y"):
+            assert tokenizer.decode(tokenizer.encode([text])) == [text]
+        [parted] = tokenizer.encode(["the▁end"])
+        assert len(parted) >= 5  # U+2581 is no space, and its bytes are three tokens
+
+
+@pytest.mark.parametrize(
+    ("given_settings", "message"),
+    [
+        ({"user_symbols": ["<unk>"]}, "'<unk>' is a piece of every model"),
+        ({"user_symbols": ["<0x41>"]}, "'<0x41>' is a piece of every model"),
+        ({"user_symbols": ["a\0b"]}, r"holds U\+0000"),
+        ({"user_symbols": ["\ud800"]}, r"U\+D800|unicode"),
+        ({"user_symbols": ["ﬁ x"], "normalization": "nfkc"}, "write 'fi x'"),
+        ({"character_coverage": 0.5}, "greater than or equal to 0.98"),
+        ({"max_piece_length": 600}, "less than or equal to 512"),
+    ],
+)
+def test_settings_that_can_never_work_are_refused(given_settings: dict, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        SentencePieceSettings.model_validate(given_settings)
+
+
+@pytest.mark.parametrize("model", ["bpe", "unigram"])
+def test_what_cannot_be_learned_is_refused_in_one_plain_line(model: str) -> None:
+    def refused(size: int, documents: list[str]) -> str:
+        given = SentencePieceSettings.model_validate({"model": model, "vocabulary_size": size})
+        with pytest.raises(TokenizerError) as caught:
+            SentencePieceTokenizer.train(given, documents)
+        return str(caught.value)
+
+    start = "SentencePiece cannot learn 260 pieces from this text: "
+    assert refused(260, []) == start + "it is empty; give it documents with text in them"
+    assert refused(260, CORPUS) == (
+        start + "bytes, user_symbols and its characters take 293; take a vocabulary_size of that "
+        "at least, or lower character_coverage (0.98 at least)"
+    )
+    assert "take a vocabulary_size of" in refused(60_000, CORPUS)
 
 
 def test_nfkc_is_there_for_those_who_ask() -> None:

@@ -35,6 +35,16 @@ def test_bpe_gives_the_same_ids_and_the_text_again(tmp_path, source):
     assert theirs.eos_token_id == ours.vocabulary["specials"]["eos"]
 
 
+@pytest.mark.parametrize("model", ["bpe", "unigram"])
+def test_symbols_with_spaces_keep_their_ids(tmp_path, source, model):
+    transformers = pytest.importorskip("transformers")
+    symbols = ("the end", "  ", "the")
+    settings = SentencePieceSettings(model=model, vocabulary_size=600, user_symbols=symbols)
+    ours = SentencePieceTokenizer.train(settings, source[:10])
+    theirs = same_ids(transformers, ours, ["at the end", "  ", "the", "a  b"], tmp_path)
+    assert len(theirs) == ours.vocabulary["size"]
+
+
 def test_unigram_gives_the_text_again_in_as_many_pieces(tmp_path, source):
     transformers = pytest.importorskip("transformers")
     settings = SentencePieceSettings(model="unigram", vocabulary_size=500)

@@ -2,7 +2,10 @@
 
 With identity normalisation (the default) decode(encode(x)) == x for every string that
 has a UTF-8 form. SentencePiece itself would turn U+2581, its mark for a space, into a
-space; that one character is written as its three byte tokens instead.
+space; that one character is written as its three byte tokens instead. So that a space never
+needs those bytes, it always has a piece of its own, whatever the training text held.
+A model trained before it had may lack that piece: there the three bytes are decoded as a
+space, and a text with U+2581 itself is refused.
 
 Ids: those of the SentencePiece model, then `bos` and `eos`. Newlines are ordinary
 characters of the training text, so pieces such as ":\\n" are learned.
@@ -13,12 +16,13 @@ Kudo and Richardson, "SentencePiece" (2018); Sennrich et al. 2016 (BPE); Kudo 20
 import io
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from chainrule.tokenizers.interface import (
     Tokenizer,
@@ -36,6 +40,7 @@ from chainrule.tokenizers.utf8 import to_utf8
 
 MODEL = "sentencepiece.model"
 SPACE = "\u2581"
+BYTE_PIECE = re.compile("<0x[0-9A-F]{2}>")
 TRAINING_THREADS = 16
 """Fixed: the unigram vocabulary depends on it (not on the cores that are there)."""
 HARD = (
@@ -59,9 +64,9 @@ class SentencePieceSettings(TokenizerSettings):
     vocabulary_size: int = Field(8192, ge=260, description="ids of the model, bos and eos not in")
     normalization: Literal["identity", "nfkc"] = "identity"
     character_coverage: float = Field(
-        0.9995, gt=0, le=1, description="share of characters with a piece of their own"
+        0.9995, ge=0.98, le=1, description="share of characters with a piece of their own"
     )
-    max_piece_length: int = Field(16, ge=1, description="characters")
+    max_piece_length: int = Field(16, ge=1, le=512, description="characters")
     user_symbols: tuple[str, ...] = Field((), description="strings that always are one token")
     sample_bytes: int = Field(
         20_000_000, ge=1, description="UTF-8 bytes of whole training documents, drawn by the seed"
@@ -73,7 +78,24 @@ class SentencePieceSettings(TokenizerSettings):
         for symbol in symbols:
             if not symbol or SPACE in symbol or symbols.count(symbol) > 1:
                 raise ValueError(f"user symbol {symbol!r} is empty, doubled or holds U+2581")
+            to_utf8(symbol)  # raises, naming a lone surrogate
+            if "\0" in symbol:
+                raise ValueError(f"user symbol {symbol!r} holds U+0000, which ends it")
+            if symbol == "<unk>" or BYTE_PIECE.fullmatch(symbol):
+                raise ValueError(f"user symbol {symbol!r} is a piece of every model; remove it")
         return symbols
+
+    @model_validator(mode="after")
+    def _symbols_stay_as_they_are(self) -> "SentencePieceSettings":
+        spaced = [s for s in self.user_symbols if " " in s and self.normalization == "nfkc"]
+        for symbol in spaced:
+            # the space becomes U+2581, after which nfkc no longer knows the symbol in a text
+            if not unicodedata.is_normalized("NFKC", symbol):
+                raise ValueError(
+                    f"user symbol {symbol!r} is not what normalization nfkc makes of it; "
+                    f"write {unicodedata.normalize('NFKC', symbol)!r}"
+                )
+        return self
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -101,6 +123,7 @@ class SentencePieceTokenizer(Tokenizer):
             raise TokenizerError(f"not a SentencePiece model ({str(error)[:80]})") from None
         self.pieces: int = self._processor.get_piece_size()
         self._space = [self._processor.piece_to_id(f"<0x{b:02X}>") for b in SPACE.encode()]
+        self._has_space = self._processor.piece_to_id(SPACE) != self._processor.unk_id()
 
     @classmethod
     def train(
@@ -110,6 +133,7 @@ class SentencePieceTokenizer(Tokenizer):
         from sentencepiece import SentencePieceTrainer
 
         model = io.BytesIO()
+        symbols = [symbol.replace(" ", SPACE) for symbol in settings.user_symbols]
         try:
             SentencePieceTrainer.train(
                 sentence_iterator=_parts(documents),
@@ -118,7 +142,9 @@ class SentencePieceTokenizer(Tokenizer):
                 vocab_size=settings.vocabulary_size,
                 character_coverage=settings.character_coverage,
                 max_sentencepiece_length=settings.max_piece_length,
-                user_defined_symbols=list(settings.user_symbols),
+                user_defined_symbols=symbols,
+                # else a space that is rare would be the bytes that stand for U+2581 itself
+                required_chars="" if SPACE in symbols else SPACE,
                 normalization_rule_name=settings.normalization,
                 remove_extra_whitespaces=False,
                 add_dummy_prefix=False,
@@ -135,12 +161,9 @@ class SentencePieceTokenizer(Tokenizer):
                 minloglevel=2,
             )
         except RuntimeError as error:
-            reason = str(error).splitlines()[0][-200:]
-            if most := re.search(r"value <= (\d+)", reason):
-                reason = f"it has too few; take a vocabulary_size of {most[1]} at most"
             raise TokenizerError(
                 f"SentencePiece cannot learn {settings.vocabulary_size} pieces from this text: "
-                f"{reason}"
+                f"{_reason(str(error))}"
             ) from None
         return cls(settings, model.getvalue())
 
@@ -168,6 +191,11 @@ class SentencePieceTokenizer(Tokenizer):
     def encode(self, batch: Sequence[str]) -> list[np.ndarray]:
         dtype = np.min_scalar_type(self.pieces + 1)
         plain = [i for i, text in enumerate(batch) if SPACE not in text]
+        if len(plain) < len(batch) and not self._has_space:
+            raise TokenizerError(
+                "a text holds U+2581, which this SentencePiece model cannot tell from a space (it "
+                "has no piece for a space); train the tokenizer again, or remove the character"
+            )
         try:
             ids = self._encode_plain([batch[i] for i in plain])
         except (UnicodeEncodeError, TypeError):  # a lone surrogate: which, depends on the binding
@@ -205,7 +233,7 @@ class SentencePieceTokenizer(Tokenizer):
             fast = Gigatoken.from_sentencepiece(self.model)
         except (ValueError, RuntimeError, NotImplementedError) as error:
             raise TokenizerError(f"gigatoken cannot read this model ({error})") from None
-        texts = [text.replace(SPACE, "") for text in [*HARD, *sample]]
+        texts = [text.replace(SPACE, "") for text in [*HARD, *self.settings.user_symbols, *sample]]
         expected = self._processor.encode(texts, num_threads=self.threads)
         for text, ours, theirs in zip(texts, expected, fast.encode_batch(texts), strict=True):
             if not np.array_equal(np.asarray(ours), np.asarray(theirs)):
@@ -228,7 +256,9 @@ class SentencePieceTokenizer(Tokenizer):
         texts = []
         for tokens in batch:
             ids = check_ids(tokens, self.pieces + 2)
-            texts.append(self._processor.decode(ids[ids < self.pieces].tolist()))
+            text = self._processor.decode(ids[ids < self.pieces].tolist())
+            # without a piece for it a space was encoded as the bytes of its mark
+            texts.append(text if self._has_space else text.replace(SPACE, " "))
         return texts
 
     def card(self) -> dict[str, Any]:
@@ -261,6 +291,21 @@ class SentencePieceTokenizer(Tokenizer):
         require_fingerprint(folder, card, fingerprint_of({"kind": cls.kind}, {"model": model}))
         known = {"kind", "format", "modality", "vocabulary", "settings", "fingerprint"}
         return cls(settings, model, {key: card[key] for key in card if key not in known})
+
+
+def _reason(said: str) -> str:
+    """Why SentencePiece could not train, and what to do, of what its C++ said."""
+    if "sentences_.empty()" in said:
+        return "it is empty; give it documents with text in them"
+    if least := re.search(r"smaller than required_chars. \d+ vs (\d+)", said):
+        return (
+            f"bytes, user_symbols and its characters take {least[1]}; take a vocabulary_size of "
+            "that at least, or lower character_coverage (0.98 at least)"
+        )
+    if most := re.search(r"value <= (\d+)", said):
+        return f"it has too few; take a vocabulary_size of {most[1]} at most, or more text"
+    # "INTERNAL: file.cc(line) [condition] what it means"
+    return said.splitlines()[0].rsplit("] ", 1)[-1][:200]
 
 
 def _parts(documents: Iterable[str]) -> Iterator[str]:

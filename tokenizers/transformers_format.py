@@ -71,17 +71,14 @@ def _json(value: Any) -> bytes:
 
 def _sentencepiece(tokenizer: SentencePieceTokenizer) -> dict[str, Any]:
     pieces = [tokenizer.piece(i) for i in range(tokenizer.pieces)]
-    symbols = {
-        symbol: pieces.index(symbol.replace(" ", SPACE))
-        for symbol in tokenizer.settings.user_symbols
-    }
+    symbols = [symbol.replace(" ", SPACE) for symbol in tokenizer.settings.user_symbols]
     steps = [
         {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
         {"type": "ByteFallback"},
         {"type": "Fuse"},
     ]
     return {
-        **_frame(tokenizer, symbols),
+        **_frame(tokenizer, {symbol: pieces.index(symbol) for symbol in symbols}),
         "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
         "decoder": {"type": "Sequence", "decoders": steps},
         "model": _bpe(pieces) if tokenizer.settings.model == "bpe" else _unigram(tokenizer, pieces),
@@ -123,6 +120,9 @@ def _frame(tokenizer: Tokenizer, symbols: dict[str, int] | None = None) -> dict[
     specials = tokenizer.vocabulary["specials"]
     added = [(f"<{name}>", number, True) for name, number in specials.items()]
     added += [(symbol, number, False) for symbol, number in (symbols or {}).items()]
+    # a symbol must be a piece of the model to keep its id: with a space in one, all are looked
+    # for in the text whose spaces are marked, so that the longest is found
+    marked = any(SPACE in symbol for symbol in symbols or {})
     first = {"SpecialToken": {"id": BOS, "type_id": 0}}
     text = {"Sequence": {"id": "A", "type_id": 0}}
     return {
@@ -136,7 +136,7 @@ def _frame(tokenizer: Tokenizer, symbols: dict[str, int] | None = None) -> dict[
                 "single_word": False,
                 "lstrip": False,
                 "rstrip": False,
-                "normalized": False,
+                "normalized": marked and not special,
                 "special": special,
             }
             for content, number, special in sorted(added, key=lambda token: token[1])
