@@ -183,6 +183,36 @@ def test_the_watch_names_a_collapse_and_nothing_else() -> None:
     assert "start (step 500)" in fallen
 
 
+def first_said(watch: Watch, psnr: list[float]) -> int | None:
+    """The step (from 1) at which the watch speaks."""
+    for step, value in enumerate(psnr, start=1):
+        if watch.see(step, value) is not None:
+            return step
+    return None
+
+
+def test_the_mark_is_the_picture_just_before_an_early_start() -> None:
+    """An average that begins with the untrained network would lie decibels below it."""
+    rising = [6 + 8.3 * min(step / 60, 1) for step in range(100)]  # 14.3 dB over the last 40
+    watch = Watch(Adversarial(start=100))
+    step = first_said(watch, [*rising, *[8.7] * 300])
+    assert step is not None
+    assert 150 < step < 300
+    assert watch.mark == pytest.approx(14.3, abs=0.5)
+    dip = [*rising, *[8.7] * 30, *[14.3] * 270]  # what a start may cost for a while
+    assert first_said(Watch(Adversarial(start=100)), dip) is None
+
+
+@pytest.mark.parametrize("start", [0, 5])
+def test_a_start_with_no_picture_before_it_is_marked_by_the_first_steps(start: int) -> None:
+    watch = Watch(Adversarial(start=start))
+    assert first_said(watch, [8.0] * 20) is None
+    assert watch.mark is None
+    assert first_said(Watch(watch.settings), [5 + 0.1 * step for step in range(200)]) is None
+    assert first_said(Watch(watch.settings), [8.0] * 20 + [2.0] * 200) is not None
+    assert first_said(Watch(watch.settings), [8.0]) is None
+
+
 @pytest.mark.parametrize("factor", [2, 4, 8, 16])
 def test_vqgan_at_any_factor(factor: int, tmp_path: Path) -> None:
     settings = VQGANSettings(downsampling=factor, codebook_size=32, dim=8, channels=8)

@@ -325,11 +325,17 @@ def clip_gradients(parameters: list[nn.Parameter], most: float | None) -> float:
 class Watch:
     """Names the collapse of a picture after the discriminator's start.
 
-    PSNR is smoothed over about 100 steps. What it was at the start is the mark; where it
-    lies more than `largest_drop` below it, `see` says so.
+    The mark is the PSNR just before the start, averaged over about `BEFORE` steps: the picture
+    still gets better there, and a longer memory would lag behind it. From there on PSNR is
+    averaged over about `AFTER` steps, beginning at the mark; where that lies more than
+    `largest_drop` below it, `see` says so.
+
+    A start within the first `BEFORE` steps (`start: 0`) has no picture before it that could
+    be lost: the mark is then what the PSNR was over those steps.
     """
 
-    MEMORY = 0.99
+    BEFORE = 20
+    AFTER = 100
 
     def __init__(self, settings: Adversarial, state: dict[str, Any] | None = None) -> None:
         self.settings = settings
@@ -343,13 +349,16 @@ class Watch:
 
     def see(self, step: int, psnr: float) -> str | None:
         """Take in a step's PSNR; what to say where the picture collapsed, else None."""
-        self.smooth = (
-            psnr if self.smooth is None else self.MEMORY * self.smooth + (1 - self.MEMORY) * psnr
-        )
-        if step <= self.settings.start:
-            return None
-        if self.mark is None:
+        before = step <= max(self.settings.start, self.BEFORE)
+        if self.smooth is None:
+            self.smooth = psnr
+        if not before and self.mark is None:
             self.mark = self.smooth
+        # of few steps a plain mean: the untrained network's PSNR would weigh most otherwise
+        memory = min(max(step, 1), self.BEFORE) if before else self.AFTER
+        self.smooth += (psnr - self.smooth) / memory
+        if self.mark is None:
+            return None
         if self.smooth >= self.mark - self.settings.largest_drop:
             return None
         return (
