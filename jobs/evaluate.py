@@ -327,6 +327,8 @@ def _figures_of_ensemble(config: Config, source: Source, tokens: HeldOut, figure
 
 def reconstruct(config: Config, stage: Stage, source: Source | None, figures: Figures) -> None:
     """encode then decode on the raw samples of the split."""
+    from chainrule.tokenizers.interface import TokenizerError
+
     tokenizer = _tokenizer(stage, source)
     if tokenizer is None:
         return
@@ -343,17 +345,26 @@ def reconstruct(config: Config, stage: Stage, source: Source | None, figures: Fi
     figures.fact("tokenizer.kind", tokenizer.kind)
     with stage.progress(len(samples), "samples") as progress:
         batches = _raw_batches(config, shards, samples, progress)
-        if tokenizer.modality == "image":
-            picture = stage.folder / "reconstructions.png"
-            device = chosen_device(config.device)
-            perceptual = _lpips(config.lpips, device) if config.lpips is not None else None
-            features = inception(config.inception, device) if config.inception else None
-            measure_images(tokenizer, batches, config.split, figures, picture, perceptual, features)
-            stage.picture(picture)
-        elif tokenizer.modality == "text":
-            measure_texts(tokenizer, batches, config.split, figures)
-        elif tokenizer.modality == "audio":
-            measure_audio(tokenizer, batches, config.split, figures)
+        try:
+            _measure(config, stage, tokenizer, batches, figures)
+        except TokenizerError as error:
+            raise StageFailed(f"{shards.folder}: split '{config.split}': {error}") from None
+
+
+def _measure(
+    config: Config, stage: Stage, tokenizer: Any, batches: Iterator[list[Any]], figures: Figures
+) -> None:
+    if tokenizer.modality == "image":
+        picture = stage.folder / "reconstructions.png"
+        device = chosen_device(config.device)
+        perceptual = _lpips(config.lpips, device) if config.lpips is not None else None
+        features = inception(config.inception, device) if config.inception else None
+        measure_images(tokenizer, batches, config.split, figures, picture, perceptual, features)
+        stage.picture(picture)
+    elif tokenizer.modality == "text":
+        measure_texts(tokenizer, batches, config.split, figures)
+    elif tokenizer.modality == "audio":
+        measure_audio(tokenizer, batches, config.split, figures)
 
 
 def _lpips(weights: Path, device: str) -> Any:

@@ -79,8 +79,11 @@ class Trainer:
         torch.manual_seed(config.seed)
         model = self.tokenizer_class.build(config.tokenizer, self.channels)
         self.model: Autoencoder = model.to(self.device)
-        # refuses a resolution that the factor does not divide before a step is made
-        self.tokenizer().token_grid(*self.resolution)
+        try:
+            # refuses a resolution that the factor does not divide before a step is made
+            self.tokenizer().token_grid(*self.resolution)
+        except TokenizerError as error:
+            raise StageFailed(f"stage '{stage.name}': {error}") from None
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(
             self.parameters, config.learning_rate, tuple(config.betas), fused=True

@@ -29,6 +29,7 @@ from chainrule.pipeline.graph import Pipeline, StageSpec
 from chainrule.pipeline.heartbeat import beat
 from chainrule.pipeline.stage import Input, Stage, StageFailed
 from chainrule.pipeline.training.schedules import ScheduleSettings
+from chainrule.tokenizers.autoencoder import AutoencoderTokenizer
 from chainrule.tokenizers.bytes import ByteSettings, ByteTokenizer
 from chainrule.tokenizers.characters import CharacterSettings, CharacterTokenizer
 from chainrule.tokenizers.health import measure, sheet
@@ -250,6 +251,7 @@ def train(config: Config, stage: Stage, shards: Shards) -> tuple[Tokenizer, dict
     )
     ranks = stage.rank, stage.world_size
     with Trainer(config, stage, batches, pixel_variance(shards)) as trainer:
+        require_encodable(trainer.tokenizer(), shards)
         start = trainer.resume()
         with stage.progress(config.steps, "steps", start) as progress:
             for step, images in enumerate(
@@ -274,6 +276,24 @@ def train(config: Config, stage: Stage, shards: Shards) -> tuple[Tokenizer, dict
             stage.summary["skipped_steps"] = trainer.skipped
         tokenizer = trainer.tokenizer()
         return tokenizer, measured(tokenizer, shards, None, *ranks)
+
+
+def require_encodable(tokenizer: AutoencoderTokenizer, shards: Shards) -> None:
+    """StageFailed where a picture that will be measured cannot be encoded, by its header: a crop
+    lets training take pictures of any size."""
+    split = validation_split(shards)
+    seen: set[tuple[int, int, int]] = set()
+    for i in range(shards.count(split)):
+        if i % 4096 == 0:
+            beat()
+        shape = shards.picture_shape(split, i)
+        if shape is None or shape in seen:
+            continue
+        seen.add(shape)
+        try:
+            tokenizer.check_shape(shape)
+        except TokenizerError as error:
+            raise StageFailed(f"{shards.folder}: split '{split}', picture {i}: {error}") from None
 
 
 def measured(
@@ -308,6 +328,10 @@ def pixel_variance(shards: Shards, images: int = 1024) -> float:
     return float(max(variance, 1e-6))
 
 
+def validation_split(shards: Shards | Together) -> str:
+    return "validation" if shards.count("validation") else "train"
+
+
 def validation(
     shards: Shards, batch: int = 64, most: int | None = None, rank: int = 0, world_size: int = 1
 ) -> Iterator[list[np.ndarray]]:
@@ -316,7 +340,7 @@ def validation(
     All of them, or `most` from all over the split. Of several ranks each has every
     `world_size`-th batch, so that a batch holds what it holds on one rank.
     """
-    split = "validation" if shards.count("validation") else "train"
+    split = validation_split(shards)
     samples: Iterable[Sample | None] = shards.pick(split, most)
     if world_size > 1:
         places = enumerate(shards.spread(split, most))
@@ -453,7 +477,7 @@ def text_health(tokenizer: Tokenizer, shards: Together, limit: int = 20_000_000)
 
     At most `limit` bytes of them, in order.
     """
-    split = "validation" if shards.count("validation") else "train"
+    split = validation_split(shards)
     counts = np.zeros(tokenizer.vocabulary["size"], dtype=np.int64)
     size = documents = exact = 0
     for sample in shards.iterate(split):

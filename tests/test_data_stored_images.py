@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from chainrule.pipeline.data.reader import Sample
-from chainrule.pipeline.data.stored_images import SMALL, restore, store
+from chainrule.pipeline.data.stored_images import HEADER_BYTES, SMALL, restore, shape_of, store
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -18,6 +18,10 @@ def test_every_value_comes_back(size: tuple[int, int], channels: int) -> None:
     small = size[0] * size[1] <= SMALL
     assert list(members) == [{1: "pgm", 3: "ppm"}[channels] if small else "png"]
     assert np.array_equal(Sample("0", members).image(), image)
+    ((extension, data),) = members.items()
+    assert shape_of(extension, data[:HEADER_BYTES]) == image.shape
+    assert shape_of(extension, data[:7]) is None
+    assert shape_of(extension, b"x" * HEADER_BYTES) is None
 
 
 def test_a_part_of_a_picture_is_stored_as_it_looks() -> None:

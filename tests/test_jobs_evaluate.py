@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 import zarr
+from PIL import Image
 
 from chainrule.jobs import evaluate
 from chainrule.jobs.evaluate import Config
 from chainrule.pipeline.artifact import Artifact, LineageError
 from chainrule.pipeline.data.reader import Shards
 from chainrule.pipeline.data.shards import ShardWriter, finish, key_of
+from chainrule.pipeline.data.stored_images import store
 from chainrule.pipeline.evaluation.held_out import Encoded, label_of, labelled_images
 from chainrule.pipeline.models.folder import save
 from chainrule.pipeline.models.registry import build
@@ -379,6 +381,28 @@ def test_a_tokenizer_alone(tmp_path):
     assert found["mse"] == pytest.approx(error)
     assert found["codebook_usage"] == 1.0
     assert "nats" not in found
+
+
+def test_a_tokenizer_of_pictures_of_several_sizes(tmp_path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    generator = np.random.default_rng(0)
+    with ShardWriter(raw, 0, "validation") as shard:
+        for i, (height, width) in enumerate([(16, 16), (24, 16), (16, 24), (16, 16)]):
+            picture = generator.integers(0, 256, (height, width, 3)).astype(np.uint8)
+            shard.write(key_of(i), {**store(picture), "json": {}})
+    finish(raw, kind="raw", modality="image", shards=1)
+    PixelTokenizer(PixelSettings()).save(tmp_path / "tokenizer")
+    stage = stage_of(tmp_path / "out", tokenizer=tmp_path / "tokenizer", data=raw)
+    evaluate.main(Config(), stage)
+    assert figures(stage.folder)["exact"] == 1.0
+    with Image.open(stage.folder / "reconstructions.png") as sheet:
+        assert sheet.size == (2 * 16 * 4, 3 * 16 * 4)  # the two that are alike
+    settings = VQVAESettings(downsampling=16, codebook_size=8, hidden=8, dim=4)
+    VQVAETokenizer(settings, 3, (16, 16)).save(tmp_path / "learned")
+    stage = stage_of(tmp_path / "other", tokenizer=tmp_path / "learned", data=raw)
+    with pytest.raises(StageFailed, match="'validation': image of 24x16: not divisible"):
+        evaluate.main(Config(), stage)
 
 
 def test_samples_are_named_by_a_classifier(tmp_path):

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from chainrule.jobs import ingest, pretokenize
 from chainrule.pipeline import cli
 from chainrule.pipeline.artifact import Artifact
-from chainrule.pipeline.config import RequestError
+from chainrule.pipeline.config import RequestError, result_settings
 from chainrule.pipeline.data.reader import Sample, ShardError, Shards
 from chainrule.pipeline.data.tokens import TokenSet
 from chainrule.pipeline.pipeline_file import load_pipeline
@@ -222,6 +222,9 @@ def test_a_collapsed_codebook_is_refused_unless_accepted(digits: Artifact, tmp_p
     assert list((tmp_path / "out").glob("shard*")) == []
     run(tmp_path / "low", digits, tokenizer, minimum_usage=0.01)
     run(tmp_path / "meant", digits, tokenizer, accept_collapsed=True)
+    # it lets the stage run and decides nothing of what it writes
+    meant, plain = (pretokenize.Config(accept_collapsed=accept) for accept in (True, False))
+    assert result_settings(meant) == result_settings(plain)
 
 
 def test_the_command_accepts_a_collapsed_codebook_on_the_record(tmp_path: Path) -> None:
@@ -359,6 +362,16 @@ def test_too_many_unusable_samples_stop_the_stage(vqvae: Artifact, tmp_path: Pat
     assert not (tmp_path / "out" / "index.json").exists()
 
 
+def test_a_set_of_which_no_training_sample_is_usable_is_refused(
+    vqvae: Artifact, tmp_path: Path
+) -> None:
+    data = odd_pictures(tmp_path, 40)
+    message = r"not divisible.*\nno training sample of .*data could be used"
+    with pytest.raises(StageFailed, match=message):
+        run(tmp_path / "out", data, vqvae, max_skipped=1.0)
+    assert not (tmp_path / "out" / "index.json").exists()
+
+
 def test_workers_that_each_skip_few_enough_are_counted_together(
     vqvae: Artifact, tmp_path: Path
 ) -> None:
@@ -388,7 +401,7 @@ def test_a_raw_shard_that_was_altered_is_named(
     data = bytearray(shard.read_bytes())
     data[5000] ^= 255
     shard.write_bytes(data)
-    with pytest.raises(ShardError, match=r"shard-000002\.tar"):
+    with pytest.raises(ShardError, match=r"shard-000002\.tar.*make the shards again$"):
         run(tmp_path / "out", Artifact.bare(folder), vqvae)
     assert len(list((tmp_path / "out").glob("shard-*.entry.json"))) == 2
 
@@ -452,11 +465,15 @@ def test_pixels_of_colour_images_and_waves(tmp_path: Path) -> None:
         run(tmp_path / "mismatch", data, other)
 
 
-def test_bench_measures_the_job_against_its_encoder(digits: Artifact, vqvae: Artifact) -> None:
+def test_bench_measures_the_job_against_its_encoder(
+    digits: Artifact, vqvae: Artifact, tmp_path: Path
+) -> None:
     config = pretokenize.Config()
     [row] = pretokenize.bench(digits.folder, vqvae.folder, config, samples=400, rounds=1)
     assert row["samples"] == 600
     assert row["job/bare"] == pytest.approx(row["job/s"] / row["bare/s"])
+    collapsed = saved(small_vqvae(health=COLLAPSED), tmp_path)
+    assert pretokenize.bench(digits.folder, collapsed.folder, config, samples=10, rounds=1)
 
 
 @pytest.mark.parametrize(

@@ -584,6 +584,41 @@ def test_pictures_of_several_sizes_want_a_crop(tmp_path: Path) -> None:
         run(tmp_path / "large", data, steps=2, batch_size=8, crop=64)
 
 
+def pictures(folder: Path, shapes: list[tuple[int, ...]], **settings: Any) -> Artifact:
+    """An image folder of random pictures of these shapes, ingested."""
+    (folder / "pictures").mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for i, shape in enumerate(shapes):
+        pixels = generator.integers(0, 256, shape).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / "pictures" / f"{i:02d}.png")
+    source = {"kind": "image-folder", "path": str(folder / "pictures"), **settings}
+    return ingested(folder / "data", source=source, validation=0.25)
+
+
+@pytest.mark.parametrize("side", [32, 80])  # stored raw, and as PNG
+def test_a_validation_picture_that_cannot_be_encoded_stops_before_the_first_step(
+    side: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = [(side, side, 3), (side + 8, side, 3), (side + 16, side, 3)] * 16
+    data = pictures(tmp_path, shapes)
+    monkeypatch.setattr(Trainer, "step", lambda *_: pytest.fail("a step was made"))
+    message = f"split 'validation', picture .*{side + 8}x{side}: not divisible by the downsampling"
+    with pytest.raises(StageFailed, match=message):
+        run(tmp_path / "out", data, tokenizer={**TINY, "downsampling": 16}, crop=side // 16 * 16)
+
+
+def test_a_downsampling_that_the_pictures_do_not_divide_by_is_named(tmp_path: Path) -> None:
+    data = pictures(tmp_path, [(32, 32, 3)] * 8)
+    with pytest.raises(StageFailed, match="32x32: not divisible by the downsampling 64"):
+        run(tmp_path / "out", data, tokenizer={**TINY, "downsampling": 64})
+
+
+def test_grey_and_colour_in_one_batch_want_channels(tmp_path: Path) -> None:
+    data = pictures(tmp_path, [(32, 32, 3), (32, 32)] * 8, channels=None)
+    with pytest.raises(RequestError, match="in one batch; set channels in ingest"):
+        run(tmp_path / "out", data, crop=16)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

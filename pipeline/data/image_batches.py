@@ -66,9 +66,11 @@ class ImageBatches:
         first = images[0].shape
         for image in images:
             if image.shape != first:
+                alike = image.shape[2] == first[2]
+                remedy = "set crop, or size in ingest" if alike else "set channels in ingest"
                 raise RequestError(
                     f"{self._shards.folder}: pictures of {first} and {image.shape} in one batch; "
-                    "set crop, or size in ingest"
+                    f"{remedy}"
                 )
         return np.stack(images)
 

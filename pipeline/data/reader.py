@@ -38,7 +38,7 @@ from chainrule.pipeline.data.shards import (
     offsets_name,
     span,
 )
-from chainrule.pipeline.data.stored_images import restore
+from chainrule.pipeline.data.stored_images import HEADER_BYTES, PICTURES, restore, shape_of
 
 OnDamage = Literal["stop", "skip-and-count"]
 NPY = "tokens.npy"
@@ -300,6 +300,16 @@ class Shards:
             raise ShardError(self._message(number, row, "truncated"))
         return data
 
+    def picture_shape(self, split: str, i: int) -> tuple[int, int, int] | None:
+        """(H, W, C) of picture `i` of a split by its header, unchecked; None where it has none."""
+        number, row = self.locate(split, i)
+        places = self.table(number)[row].tolist()
+        for column, extension in enumerate(self.entries[number]["members"]):
+            offset, length = places[MEMBERS + 2 * column : MEMBERS + 2 * column + 2]
+            if extension in PICTURES and offset >= 0:
+                return shape_of(extension, self._pread(number, offset, min(length, HEADER_BYTES)))
+        return None
+
     def locate(self, split: str, i: int) -> tuple[int, int]:
         """(shard number, row in it) of sample `i` of a split. IndexError past the end."""
         numbers, stops = self._of_split.get(split, ([], []))
@@ -333,10 +343,12 @@ class Shards:
 
     def _message(self, number: int, row: int, fault: str) -> str:
         key = key_of(int(self.table(number)[row, NUMBER]))
+        # training alone can go on without a sample, and it reads tokens
+        tokens = self.index.get("kind") == "tokens"
+        without = ", or read with on_damage: skip-and-count" if tokens else ""
         return (
             f"{self.folder / self.entries[number]['name']}: {fault}; the first bad sample is "
-            f"{key} ({row} of {self.entries[number]['samples']}); make the shards again, or read "
-            "with on_damage: skip-and-count"
+            f"{key} ({row} of {self.entries[number]['samples']}); make the shards again{without}"
         )
 
     def _check_size(self, number: int) -> None:

@@ -13,8 +13,12 @@ import numpy as np
 
 SMALL = 64 * 64
 """Pixels up to which a picture is stored as it is."""
+HEADER_BYTES = 26
+"""From which `shape_of` tells a picture's shape."""
 _RAW = {"pgm": (b"P5", 1), "ppm": (b"P6", 3)}
 """Extension: magic number and channels."""
+PICTURES = (*_RAW, "png")
+"""Extensions of members that are pictures."""
 _HEADER = re.compile(rb"(P[56])\n([1-9]\d{0,4}) ([1-9]\d{0,4})\n255\n")
 
 
@@ -30,6 +34,18 @@ def store(image: np.ndarray) -> dict[str, bytes]:
     buffer = io.BytesIO()
     Image.fromarray(image[:, :, 0] if channels == 1 else image).save(buffer, "PNG")
     return {"png": buffer.getvalue()}
+
+
+def shape_of(extension: str, start: bytes) -> tuple[int, int, int] | None:
+    """(H, W, C) of a picture by the first `HEADER_BYTES` bytes of its member; None where those
+    are no header, which `restore` names."""
+    if extension in _RAW:
+        header = _HEADER.match(start)
+        return (int(header[3]), int(header[2]), _RAW[extension][1]) if header is not None else None
+    if start[:8] != b"\x89PNG\r\n\x1a\n" or start[12:16] != b"IHDR" or len(start) < HEADER_BYTES:
+        return None
+    width, height = struct.unpack(">II", start[16:24])
+    return height, width, 1 if start[25] == 0 else 3  # IHDR's colour type; grey is 0
 
 
 def restore(members: Mapping[str, bytes]) -> np.ndarray:

@@ -17,7 +17,7 @@ from chainrule.pipeline.evaluation.reconstruction import Reconstruction, Usage
 
 Perceptual = Callable[[Sequence[np.ndarray], Sequence[np.ndarray]], float]
 SHOWN = 16
-"""Pairs in the picture."""
+"""Pairs in the picture, at most: of these the ones that have the first one's shape."""
 
 
 def measure_images(
@@ -54,7 +54,9 @@ def measure_images(
         for code in codes:
             usage.add(code)
         if not shown:
-            shown = [*images[:SHOWN], *back[:SHOWN]]
+            pairs_of = zip(images[:SHOWN], back[:SHOWN], strict=True)
+            alike = [pair for pair in pairs_of if pair[0].shape == images[0].shape]
+            shown = [picture for side in zip(*alike, strict=True) for picture in side]
     figures.put("psnr", pairs.psnr, split, "dB, peak 255; mean over images that differ at all")
     figures.put("ssim", pairs.ssim, split, "mean structural similarity (Wang et al. 2004)")
     if perceptual is not None:
@@ -89,7 +91,7 @@ def measure_images(
 
 def side_by_side(images: Sequence[np.ndarray], path: Path) -> None:
     """n originals (the first half of `images`) above their n reconstructions and the error of
-    each (grey is none), as a PNG."""
+    each (grey is none), as a PNG; all of one shape."""
     from PIL import Image
 
     n = len(images) // 2
