@@ -153,7 +153,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * factor
         # dropout draws from torch's own stream: begun anew each step, so that a resumed run agrees
-        torch.manual_seed((self.config.seed << 40) + (step << 10) + self.stage.rank)
+        seed = (self.config.seed << 40) + (step << 10) + self.stage.rank
+        torch.manual_seed(seed % 2**64)
         self.model.train()
         codebook = {name: t.clone() for name, t in self.model.quantizer.state_dict().items()}
         x = to_pixels(images).to(self.device, non_blocking=True)

@@ -422,7 +422,7 @@ def sample_pixels(shards: Shards, seed: int, limit: int) -> np.ndarray:
             continue
         pixels = sample.image().reshape(-1, sample.image().shape[2])
         if len(pixels) > share:
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + position)
+            generator = torch.Generator().manual_seed((seed * 1_000_003 + position) % 2**64)
             keep = torch.randperm(len(pixels), generator=generator)[:share]
             pixels = pixels[keep.numpy()]
         taken.append(pixels)

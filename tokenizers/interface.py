@@ -52,7 +52,9 @@ class TokenizerError(ValueError):
 class TokenizerSettings(pydantic.BaseModel):
     """Base of every kind's settings: strict and immutable, in the card as they are."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = pydantic.ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class Tokenizer(ABC):
