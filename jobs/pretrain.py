@@ -206,8 +206,11 @@ STATES = 12
 
 def require_memory(model: Settings, stage: Stage, engine: Engine) -> None:
     """StageFailed where weights, gradients and moments alone exceed this machine's memory: the
-    kernel would end the process without a word."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", engine.world_size))
+    kernel would end the process without a word. (A disk may hold some of them.)"""
+    offloads = (engine.settings.offload_optimizer, engine.settings.offload_parameters)
+    if "nvme" in offloads:
+        return
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # of the ranks, at the least
     parameters, memory = parameter_count(model), physical_memory()
     needed = STATES * parameters * here // engine.world_size
     if memory is not None and needed > memory:

@@ -419,6 +419,12 @@ def test_a_model_that_was_evaluated_in_inference_mode_can_be_trained(preset: str
         model.log_prob(x)
         model.cursor(1)
     model.log_prob(x).sum().backward()
+    model = build(preset, layers=1)
+    model.compile(backend="aot_eager")
+    with torch.inference_mode():
+        model(x)
+    model(x).sum().backward()
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("preset", ["gpt2-debug", "mistral-debug", "wavenet-debug"])
@@ -471,6 +477,31 @@ def test_a_model_is_compiled_whole(preset: str) -> None:
             found = torch._dynamo.explain(model)(x)
         assert found.graph_count == 1, found.break_reasons
     torch.compiler.reset()
+
+
+def test_a_norm_that_is_applied_twice_has_the_gradients_of_torch() -> None:
+    norm = RMSNorm(6, 1e-5).double()
+    with torch.no_grad():
+        norm.weight.copy_(torch.linspace(0.5, 1.5, 6))
+    x = torch.randn(3, 6, dtype=torch.float64, requires_grad=True)
+    found = []
+    for create_graph in (False, True):
+        y = norm(norm(x).sin()).square().sum()
+        found.append(torch.autograd.grad(y, (x, norm.weight), create_graph=create_graph))
+    for once, again in zip(*found, strict=True):
+        torch.testing.assert_close(once, again)
+    assert torch.autograd.gradgradcheck(lambda x: norm(norm(x).sin()), (x,))
+
+
+@pytest.mark.parametrize("preset", ["gpt2-debug", "llama-debug"])
+def test_recomputed_activations_can_be_differentiated_again(preset: str) -> None:
+    model = build(preset, layers=2, width=16, heads=2, mlp_width=24).train()
+    model.activation_checkpointing = True
+    x = torch.zeros(2, 8, dtype=torch.long)
+    with native.allowed(), sdpa_kernel(SDPBackend.MATH):
+        loss = model.log_prob(x).sum()
+        for _ in range(2):  # each goes through the blocks anew
+            torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
 
 
 @pytest.mark.parametrize("preset", ["gpt2-debug", "llama-debug", "falcon-debug", "imagegpt-debug"])

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from chainrule.tokenizers.interface import (
     Tokenizer,
@@ -282,10 +282,10 @@ class SentencePieceTokenizer(Tokenizer):
         card = read_card(folder)
         try:
             settings = SentencePieceSettings.model_validate(card.get("settings"))
-        except ValueError:
-            raise TokenizerError(
-                f"{folder / 'card.json'}: settings are not those of sentencepiece"
-            ) from None
+        except ValidationError as error:
+            fault = error.errors()[0]
+            where = ".".join(map(str, ("settings", *fault["loc"])))
+            raise TokenizerError(f"{folder / 'card.json'}: {where}: {fault['msg']}") from None
         model = read_weights(folder, MODEL)
         # before the model is parsed: nothing altered reaches SentencePiece's C++
         require_fingerprint(folder, card, fingerprint_of({"kind": cls.kind}, {"model": model}))

@@ -17,6 +17,7 @@ conditional.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -381,6 +382,12 @@ class Decoder(Autoregressive):
             elements = elements.unsqueeze(-1).to(self.embedding.weight.dtype)  # type: ignore[arg-type]
         embedded: Tensor = self.embedding(elements)
         return embedded
+
+    def compile(self, *given: Any, **more: Any) -> None:
+        """As nn.Module's."""
+        # made within the graph, under inference_mode, it would be of no use to training
+        self.rope(0, 1, self.head.weight)
+        super().compile(*given, **more)
 
     def rope(self, first: int, end: int, like: Tensor) -> Tensor | None:
         """Angles of positions first..end-1, (2, t, 1, d); computed in float32 whatever the

@@ -59,11 +59,8 @@ class GatedPixelCNNConfig(Settings):
         check_head(self.head, self.vocabulary_size)
         check_input(self.input, self.vocabulary_size)
         check_odd(first_kernel=self.first_kernel, kernel=self.kernel)
-        for name in ("first_kernel", "kernel"):
-            if getattr(self, name) == 1:
-                raise ValueError(
-                    f"{name} is 1: the vertical stack sees the rows above, so at least 3"
-                )
+        if self.first_kernel == 1:
+            raise ValueError("first_kernel is 1: it sees the rows above alone, so at least 3")
         check_picture(self.event_shape)
         return self
 

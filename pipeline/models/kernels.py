@@ -237,6 +237,8 @@ def _differentiable(
 ) -> list[Tensor | None]:
     """Gradients by the first of a function's inputs that can be differentiated again
     (`create_graph`): autograd's own, of the plain expression."""
+    # Views: of the inputs themselves, a gradient would also go through what one was made of.
+    given = tuple(x.view_as(x) for x in given)
     wanted = [x for x, needed in zip(given, ctx.needs_input_grad, strict=False) if needed]
     found = iter(torch.autograd.grad(plain(*given), wanted, gradient, create_graph=True))
     return [next(found) if needed else None for needed in ctx.needs_input_grad[: len(given)]]
