@@ -217,6 +217,7 @@ def test_decompression_bombs_are_refused_unopened() -> None:
         decode(png(50_000, 50_000, 8, b""), max_pixels=1_000_000)
 
 
+@pytest.mark.slow
 def test_max_pixels_decides_and_not_pillow_s_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     large = encoded(Image.new("1", (9500, 9500)))
     assert Image.MAX_IMAGE_PIXELS is not None

@@ -411,6 +411,7 @@ def test_a_seed_decides_the_weights_and_nothing_else() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["gpt2-debug", "llama-debug", "falcon-debug"])
 def test_a_model_that_was_evaluated_in_inference_mode_can_be_trained(preset: str) -> None:
     model = build(preset)
@@ -467,6 +468,7 @@ def test_transforms_of_functions_go_through(preset: str, in_c: bool) -> None:
                 torch.testing.assert_close(found[i], gradient, atol=1e-5, rtol=1e-4, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["gpt2-debug", "llama-debug", "mistral-debug", "falcon-debug"])
 def test_a_model_is_compiled_whole(preset: str) -> None:
     model = build(preset, layers=2, width=32, heads=2, context=32)
