@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from chainrule.pipeline.config import Settings
+from chainrule.pipeline.models import native
 
 
 def as_ids(x: Tensor) -> Tensor:
@@ -107,7 +108,7 @@ def _has_values(x: Tensor) -> bool:
         bool(x.numel())
         and not x.is_meta
         and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
+        and not native.is_transformed()
     )
 
 

@@ -15,12 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from chainrule.pipeline.models import native_product
+from chainrule.pipeline.models import native, native_product
 from chainrule.pipeline.models.native_train import (
     ActivationInC,
     RMSNormInC,
     SplitHeadsInC,
-    is_read_by_c,
     ready,
 )
 
@@ -36,7 +35,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # torch has one kernel for it without a gradient, and on a GPU with one, too.
         if x.device.type == "cpu" and _by_hand():
-            by = RMSNormInC if ready(x) and is_read_by_c(self.weight) else _RMSNorm
+            by = RMSNormInC if ready(x) and native.is_read_by_c(self.weight) else _RMSNorm
             y: Tensor = by.apply(x, self.weight, self.epsilon)
             return y
         return _rms_norm(x, self.weight, self.epsilon)
@@ -248,5 +247,5 @@ def _by_hand() -> bool:
     return (
         torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()  # they need the plain expressions
+        and not native.is_transformed()
     )

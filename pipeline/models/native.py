@@ -65,8 +65,18 @@ def is_exact_on_cpu(x: Tensor) -> bool:
         and x.device.type == "cpu"
         and is_allowed()
         and not torch.is_autocast_enabled("cpu")
-        and not torch._C._are_functorch_transforms_active()
+        and not is_transformed()
     )
+
+
+def is_read_by_c(weight: Tensor) -> bool:
+    """Whether a weight lies as the C reads it."""
+    return weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.is_contiguous()
+
+
+def is_transformed() -> bool:
+    """Whether torch.func is at work, which wants plain expressions and shows no values."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def is_watched(module: nn.Module) -> bool:

@@ -88,8 +88,7 @@ def weights_of(
     layer_norm = isinstance(parts[0], nn.LayerNorm)
     agrees = (
         all(w is None or tuple(w.shape) == sizes for w, sizes in wanted)
-        and all(w.dtype == torch.float32 and w.device.type == "cpu" for w in given)
-        and all(w.is_contiguous() for w in given)
+        and all(map(native.is_read_by_c, given))
         and layer_norm == (bias is not None)
         and (mlp_norm is None or layer_norm == (mlp_bias is not None))
         and (rope is None or rope.shape[1] == x.shape[1])

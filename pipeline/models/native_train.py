@@ -45,11 +45,6 @@ def ready(x: Tensor) -> bool:
     return is_exact_on_cpu(x) and _library() is not None
 
 
-def is_read_by_c(weight: Tensor) -> bool:
-    """Whether a weight lies as the C reads it."""
-    return weight.dtype == torch.float32 and weight.device.type == "cpu" and weight.is_contiguous()
-
-
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """x (..., n) normed, and the factor of each row. All are contiguous, here and below."""
     n = x.shape[-1]
